@@ -1,0 +1,1 @@
+"""Methods to compare with, on the same partition and with the same classifier recipe."""

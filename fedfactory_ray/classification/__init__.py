@@ -1,0 +1,1 @@
+"""The classifier: networks, augmentation, fitting with Ray Train, and honest evaluation."""

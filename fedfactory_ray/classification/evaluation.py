@@ -1,0 +1,107 @@
+"""Evaluation: metrics of predicted probabilities, with bootstrap intervals, beside the majority-class rate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from sklearn import metrics
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+BOOTSTRAP_SAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure with its 95 % bootstrap interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics on a test split. Recall and AUROC leave classes out that have no test image."""
+
+    accuracy: Interval
+    balanced_accuracy: Interval
+    auroc: float
+    macro_f1: float
+    nll: float
+    ece: float
+    recall: list[float | None]
+    confusion: list[list[int]]
+    majority: float
+    images: int
+
+    def scalars(self) -> dict[str, float]:
+        """Flat metrics, for tracking and tables."""
+        return {
+            "accuracy": self.accuracy.value,
+            "accuracy_low": self.accuracy.low,
+            "accuracy_high": self.accuracy.high,
+            "balanced_accuracy": self.balanced_accuracy.value,
+            "balanced_accuracy_low": self.balanced_accuracy.low,
+            "balanced_accuracy_high": self.balanced_accuracy.high,
+            "auroc": self.auroc,
+            "macro_f1": self.macro_f1,
+            "nll": self.nll,
+            "ece": self.ece,
+            "majority": self.majority,
+        } | {f"recall_class_{y}": r for y, r in enumerate(self.recall) if r is not None}
+
+
+def evaluate(probabilities: np.ndarray, labels: np.ndarray, seed: int = 0) -> Evaluation:
+    """Evaluate probabilities, float (n, classes), rows summing to 1, against labels, int (n,).
+
+    AUROC is macro one-vs-rest; ECE has 15 equal bins (Guo et al. 2017); intervals come from resampling test images
+    BOOTSTRAP_SAMPLES times (percentile bootstrap). Raises ValueError for probabilities that are not finite.
+    """
+    if not np.isfinite(probabilities).all():
+        raise ValueError("probabilities hold values that are not finite; the fit diverged: lower classifier.learning_rate")
+    classes = probabilities.shape[1]
+    probabilities = probabilities.astype(np.float64)
+    probabilities /= probabilities.sum(1, keepdims=True)
+    predicted = probabilities.argmax(1)
+    confusion = metrics.confusion_matrix(labels, predicted, labels=range(classes))
+    present = np.flatnonzero(confusion.sum(1))
+    recall = [float(confusion[y, y] / confusion[y].sum()) if y in present else None for y in range(classes)]
+    aurocs = [metrics.roc_auc_score(labels == y, probabilities[:, y]) for y in present if len(present) > 1]
+    accuracy, balanced = _bootstrap(confusion, seed)
+    return Evaluation(
+        accuracy=accuracy,
+        balanced_accuracy=balanced,
+        auroc=float(np.mean(aurocs)) if aurocs else float("nan"),
+        macro_f1=float(metrics.f1_score(labels, predicted, average="macro", labels=present, zero_division=0)),
+        nll=float(metrics.log_loss(labels, probabilities, labels=range(classes))),
+        ece=float(
+            multiclass_calibration_error(torch.from_numpy(probabilities), torch.from_numpy(labels), classes, n_bins=15)
+        ),
+        recall=recall,
+        confusion=confusion.tolist(),
+        majority=float(confusion.sum(1).max() / confusion.sum()),
+        images=len(labels),
+    )
+
+
+def _bootstrap(confusion: np.ndarray, seed: int) -> tuple[Interval, Interval]:
+    """Accuracy and balanced accuracy with intervals. Resampling images is drawing the confusion matrix's cells from a
+    multinomial, which costs nothing per image."""
+
+    def figures(matrices: np.ndarray) -> np.ndarray:
+        right, truth = np.diagonal(matrices, axis1=-2, axis2=-1), matrices.sum(-1)
+        recall = np.divide(right, truth, out=np.full(truth.shape, np.nan), where=truth > 0)
+        return np.stack([right.sum(-1) / truth.sum(-1), np.nanmean(recall, -1)])
+
+    draw = np.random.RandomState(seed % 2**32)
+    total = confusion.sum()
+    resampled = draw.multinomial(total, (confusion / total).ravel(), size=BOOTSTRAP_SAMPLES)
+    low, high = np.quantile(figures(resampled.reshape(-1, *confusion.shape)), [0.025, 0.975], axis=1)
+    values = figures(confusion)
+    accuracy, balanced = (Interval(*map(float, triple)) for triple in zip(values, low, high, strict=True))
+    return accuracy, balanced

@@ -1,0 +1,54 @@
+"""Classifier networks for small images."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torchvision.models import resnet18, resnet50
+
+
+def conv_block(inputs: int, outputs: int) -> nn.Sequential:
+    """3×3 convolution, batch norm, ReLU."""
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+
+
+def small_cnn(channels: int, classes: int) -> nn.Module:
+    """Six convolutions over three scales, 288 k parameters: for CPUs and images of 8 to 64 pixels."""
+    return nn.Sequential(
+        *(conv_block(channels, 32), conv_block(32, 32), nn.MaxPool2d(2)),
+        *(conv_block(32, 64), conv_block(64, 64), nn.MaxPool2d(2)),
+        *(conv_block(64, 128), conv_block(128, 128)),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(128, classes)),
+    )
+
+
+def small_image_resnet(name: str, channels: int, classes: int, resolution: int) -> nn.Module:
+    """torchvision's ResNet-18 or -50 (He et al. 2016); up to 64 pixels its stem is a 3×3 convolution without pooling,
+    as the paper has it for CIFAR-10."""
+    network = {"resnet18": resnet18, "resnet50": resnet50}[name](weights=None, num_classes=classes)
+    if resolution <= 64:
+        network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
+        network.maxpool = nn.Identity()
+    elif channels != 3:
+        network.conv1 = nn.Conv2d(channels, 64, 7, stride=2, padding=3, bias=False)
+    return network
+
+
+def make_classifier(name: str, channels: int, classes: int, resolution: int) -> nn.Module:
+    """An untrained network from float images (n, channels, resolution, resolution) in [-1, 1] to logits (n, classes)."""
+    if name == "cnn":
+        return small_cnn(channels, classes)
+    return small_image_resnet(name, channels, classes, resolution)
+
+
+class Predictor(nn.Module):
+    """A fitted classifier for users: uint8 images (n, H, W, C) in, float32 probabilities (n, classes) out."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The package's one transform (`data.transforms.to_tensor`), the network, softmax."""
+        pixels = images.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
+        return torch.softmax(self.network(pixels), dim=1)

@@ -1,0 +1,114 @@
+"""The Ray cluster: joining it, and planning what runs where before anything starts."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import ray
+
+from fedfactory_ray.config import ResourcesConfig, WorkerResources
+from fedfactory_ray.errors import ResourcesError
+
+DATA_CPUS = 0.5
+"""CPUs of a Ray Data task that reads Parquet while the classifier is fitted."""
+
+
+def connect() -> None:
+    """Join the running cluster (a submitted job, RAY_ADDRESS) or start Ray on this machine, without a flood of logs."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
+    if not ray.is_initialized():
+        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=None if in_cluster() else False)
+    quiet()
+
+
+def in_cluster() -> bool:
+    """Whether RAY_ADDRESS names a cluster, as it does in a submitted job."""
+    return bool(os.environ.get("RAY_ADDRESS"))
+
+
+def quiet() -> None:
+    """Keep Ray Data and Ray Train from writing progress of their own."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Worker:
+    """Resolved demands of one actor or worker, and how many of them fit side by side."""
+
+    num_cpus: float
+    num_gpus: float
+    slots: int
+
+    @property
+    def resources(self) -> WorkerResources:
+        """The same, as configuration for the process itself."""
+        return WorkerResources(num_cpus=self.num_cpus, num_gpus=self.num_gpus)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Resources of each phase on the cluster at hand."""
+
+    client: Worker
+    synthesis: Worker
+    classifier: Worker
+
+
+def slots(nodes: list[Mapping[str, float]], num_cpus: float, num_gpus: float) -> int:
+    """How many workers of these demands fit on the nodes (CPU and GPU totals a node)."""
+    fits = 0
+    for node in nodes:
+        by_cpu = int(node.get("CPU", 0) / num_cpus + 1e-9)
+        by_gpu = by_cpu
+        if num_gpus >= 1:
+            by_gpu = int(node.get("GPU", 0) / num_gpus + 1e-9)
+        elif num_gpus > 0:
+            by_gpu = int(node.get("GPU", 0)) * int(1 / num_gpus + 1e-9)
+        fits += min(by_cpu, by_gpu)
+    return fits
+
+
+def make_plan(config: ResourcesConfig, nodes: list[Mapping[str, float]] | None = None) -> Plan:
+    """Resolve the default GPU counts and refuse what could never run (it would hang instead of failing).
+
+    `nodes` are the resources of the living nodes, by default those of the connected cluster.
+    """
+    if nodes is None:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
+    found = f"{len(nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs"
+
+    def resolve(name: str, wanted: WorkerResources, needed: int = 1) -> Worker:
+        num_gpus = wanted.num_gpus if wanted.num_gpus is not None else float(gpus > 0)
+        fits = slots(nodes, wanted.num_cpus, num_gpus)
+        if fits < needed:
+            raise ResourcesError(
+                found,
+                f"{needed} × {wanted.num_cpus:g} CPUs and {num_gpus:g} GPUs on a node for resources.{name} (room for {fits})",
+                f"smaller resources.{name}.num_cpus or .num_gpus"
+                + (", or resources.classifier_workers" if needed > 1 else "")
+                + ", or larger nodes",
+            )
+        return Worker(wanted.num_cpus, num_gpus, min(fits, config.max_actors or fits))
+
+    plan = Plan(
+        resolve("client", config.client),
+        resolve("synthesis", config.synthesis),
+        resolve("classifier", config.classifier, config.classifier_workers),
+    )
+    left = cpus - config.classifier_workers * plan.classifier.num_cpus
+    if left < DATA_CPUS:
+        raise ResourcesError(
+            found,
+            f"{config.classifier_workers} × {plan.classifier.num_cpus:g} CPUs for the classifier and {DATA_CPUS:g} to feed it",
+            "a smaller resources.classifier.num_cpus: fractions share a core",
+        )
+    return plan

@@ -1,0 +1,175 @@
+"""Partitions: which training images each client holds, as indices with a SHA-256."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from fedfactory_ray.config import PartitionConfig
+from fedfactory_ray.errors import PartitionError
+from fedfactory_ray.seeds import random_state
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Indices into the training split (int64, ascending) by client and class; clients without images do not exist."""
+
+    classes: int
+    shares: dict[str, dict[int, np.ndarray]]
+
+    @property
+    def clients(self) -> list[str]:
+        """Names of the clients, in order."""
+        return list(self.shares)
+
+    def count(self, client: str, label: int) -> int:
+        """Number of images of class `label` that `client` holds."""
+        return len(self.shares[client].get(label, ()))
+
+    def matrix(self) -> np.ndarray:
+        """Image counts, int64 (clients, classes)."""
+        return np.array([[self.count(c, y) for y in range(self.classes)] for c in self.clients], dtype=np.int64)
+
+    def __iter__(self) -> Iterator[tuple[str, int, np.ndarray]]:
+        """Client, class and indices of every non-empty share, in order."""
+        for client, share in self.shares.items():
+            for label in sorted(share):
+                yield client, label, share[label]
+
+    @property
+    def sha256(self) -> str:
+        """Digest of names, classes and indices; independent of file format and platform."""
+        digest = hashlib.sha256()
+        for client, label, indices in self:
+            digest.update(f"{client}\n{label}\n{len(indices)}\n".encode())
+            digest.update(indices.astype("<i8").tobytes())
+        return digest.hexdigest()
+
+    def to_table(self) -> pa.Table:
+        """One row an image: client, label, index in the training split."""
+        rows = list(self)
+        return pa.table(
+            {
+                "client": np.repeat([client for client, _, _ in rows], [len(i) for _, _, i in rows]),
+                "label": np.repeat(np.array([label for _, label, _ in rows], np.int32), [len(i) for _, _, i in rows]),
+                "index": np.concatenate([indices for _, _, indices in rows]),
+            }
+        )
+
+
+def make_partition(config: PartitionConfig, labels: np.ndarray, classes: int, seed: int) -> Partition:
+    """Deal the training images to clients.
+
+    Args:
+        config: The scheme and its numbers.
+        labels: Training labels, int (n,), in [0, classes).
+        classes: Number of classes.
+        seed: The run's seed.
+
+    Raises PartitionError where the labels at hand do not allow the scheme.
+    """
+    draw = random_state(seed, "partition")
+    pools = [draw.permutation(np.flatnonzero(labels == y)) for y in range(classes)]
+    clients = len(config.counts) or config.clients or classes
+    sizes = SCHEMES[config.scheme](config, np.array([len(pool) for pool in pools]), clients, draw)
+    shares: dict[str, dict[int, np.ndarray]] = {}
+    starts = np.zeros(classes, dtype=np.int64)
+    for k, row in enumerate(sizes):
+        share = {
+            y: np.sort(pools[y][starts[y] : starts[y] + n]).astype(np.int64) for y, n in enumerate(row.tolist()) if n
+        }
+        starts += row
+        if share:
+            shares[f"client-{k:03d}"] = share
+    return Partition(classes, shares)
+
+
+def _even(total: int, parts: int) -> np.ndarray:
+    """`total` in `parts` whole numbers that differ by one at most."""
+    return np.diff(np.arange(parts + 1) * total // parts)
+
+
+def _deal_classes(holders: list[list[int]], pool_sizes: np.ndarray, min_size: int) -> np.ndarray:
+    """Sizes where class y is shared evenly by the clients `holders[y]`."""
+    clients = 1 + max(client for group in holders for client in group)
+    sizes = np.zeros((clients, len(pool_sizes)), dtype=np.int64)
+    for y, group in enumerate(holders):
+        sizes[group, y] = _even(int(pool_sizes[y]), len(group))
+    smallest = int(sizes.sum(1).min())
+    if smallest < min_size:
+        raise PartitionError(
+            f"a client would hold {smallest} images", f"min_size={min_size}", "fewer partition.clients or a smaller partition.min_size"
+        )
+    return sizes
+
+
+def silos(config: PartitionConfig, pool_sizes: np.ndarray, clients: int, draw: np.random.RandomState) -> np.ndarray:
+    """One class a client: client k holds class k mod C; clients of one class share it evenly."""
+    classes = len(pool_sizes)
+    if clients < classes:
+        raise PartitionError(
+            f"{clients} clients of one class each for {classes} classes",
+            "at least one client a class",
+            f"partition.clients={classes}, or partition.scheme=pathological",
+        )
+    return _deal_classes([list(range(y, clients, classes)) for y in range(classes)], pool_sizes, config.min_size)
+
+
+def pathological(config: PartitionConfig, pool_sizes: np.ndarray, clients: int, draw: np.random.RandomState) -> np.ndarray:
+    """k classes a client (McMahan et al. 2017, sec. 3), every class held by someone: client i holds the k classes
+    that follow position i·k of repeated random orders of all classes."""
+    classes, k = len(pool_sizes), config.classes_per_client
+    if k > classes:
+        raise PartitionError(f"classes_per_client={k}", f"at most the {classes} classes there are", f"partition.classes_per_client={classes}")
+    if clients * k < classes:
+        raise PartitionError(
+            f"{clients} clients of {k} classes each for {classes} classes",
+            f"at least {classes} places",
+            f"partition.clients={-(-classes // k)}",
+        )
+    order = draw.permutation(classes)
+    holders: list[list[int]] = [[] for _ in range(classes)]
+    for place in range(clients * k):
+        holders[order[place % classes]].append(place // k)
+    return _deal_classes(holders, pool_sizes, config.min_size)
+
+
+def dirichlet(config: PartitionConfig, pool_sizes: np.ndarray, clients: int, draw: np.random.RandomState) -> np.ndarray:
+    """Each class is shared in proportions drawn from Dirichlet(alpha) (Hsu et al. 2019), drawn anew until every
+    client holds min_size images."""
+    if clients * config.min_size > pool_sizes.sum():
+        raise PartitionError(
+            f"{int(pool_sizes.sum())} images for {clients} clients", f"min_size={config.min_size} each", "fewer partition.clients"
+        )
+    for _ in range(1000):
+        proportions = draw.dirichlet(np.full(clients, config.alpha), size=len(pool_sizes))
+        edges = np.floor(np.cumsum(proportions, axis=1) * pool_sizes[:, None] + 0.5).astype(np.int64)
+        edges[:, -1] = pool_sizes
+        sizes = np.diff(edges, prepend=0).T
+        if sizes.sum(1).min() >= config.min_size:
+            return sizes
+    raise PartitionError(
+        f"no draw of 1000 from Dirichlet({config.alpha}) gave each of {clients} clients {config.min_size} images",
+        f"min_size={config.min_size}",
+        "a larger partition.alpha, fewer partition.clients, or a smaller partition.min_size",
+    )
+
+
+def skew(config: PartitionConfig, pool_sizes: np.ndarray, clients: int, draw: np.random.RandomState) -> np.ndarray:
+    """The explicit counts of the configuration; images beyond them stay unused."""
+    sizes = np.array(config.counts, dtype=np.int64)
+    if sizes.shape[1] != len(pool_sizes):
+        raise PartitionError(f"counts with {sizes.shape[1]} columns", f"{len(pool_sizes)}, one a class", "a column for every class")
+    wanted = sizes.sum(0)
+    for y in np.flatnonzero(wanted > pool_sizes):
+        raise PartitionError(f"counts ask for {wanted[y]} images of class {y}", f"at most the {pool_sizes[y]} there are", "smaller counts")
+    if sizes.sum(1).min() < config.min_size:
+        raise PartitionError(f"a client with {sizes.sum(1).min()} images", f"min_size={config.min_size}", "a smaller partition.min_size")
+    return sizes
+
+
+SCHEMES = {"silos": silos, "pathological": pathological, "dirichlet": dirichlet, "skew": skew}

@@ -1,0 +1,336 @@
+"""Data sources: labels, and the images at given indices, of a train, val or test split."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from fedfactory_ray.config import DataConfig
+from fedfactory_ray.data.transforms import resize, resize_batch
+from fedfactory_ray.errors import DataInvalidError, DataMissingError
+from fedfactory_ray.seeds import random_state
+
+Split = Literal["train", "val", "test"]
+
+
+class Source(Protocol):
+    """Where images lie. Reading labels never reads images; reading images reads the asked ones only."""
+
+    path: str
+    class_names: list[str]
+
+    def labels(self, split: Split) -> np.ndarray:
+        """Labels of a split, int64 (n,); empty where there is no such split."""
+
+    def images(self, split: Split, indices: np.ndarray | None = None) -> np.ndarray:
+        """Images uint8 (n, side, side, channels) at `indices`, in their order; all of the split by default."""
+
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels at the working resolution."""
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What everybody may know of a data set: no image, only names, shape and labels' counts."""
+
+    class_names: list[str]
+    resolution: int
+    channels: int
+    counts: dict[str, list[int]]
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+
+def data_root(config: DataConfig) -> Path:
+    """Folder of downloaded files."""
+    return Path(config.root or os.environ.get("FEDFACTORY_DATA") or "~/.medmnist").expanduser()
+
+
+def open_source(config: DataConfig) -> Source:
+    """The source that `config` names. Raises DataMissingError or DataInvalidError."""
+    if config.source == "digits":
+        return Digits(config)
+    if config.source == "cifar10":
+        return Cifar10(config)
+    if config.source.startswith("medmnist:"):
+        return ArrayFile(_medmnist_file(config), config.resolution, _medmnist_class_names(config))
+    path = Path(config.source).expanduser()
+    return ImageFolder(path, config.resolution) if path.is_dir() else ArrayFile(path, config.resolution)
+
+
+def inspect(source: Source) -> tuple[DataInfo, np.ndarray]:
+    """Check a whole source without reading an image more than needed; returns its facts and its training labels.
+
+    Raises DataInvalidError for labels outside the range, classes without training images, and odd shapes.
+    """
+    classes, counts = len(source.class_names), {}
+    splits: tuple[Split, ...] = ("train", "val", "test")
+    for split in splits:
+        labels = source.labels(split)
+        if labels.size and (labels.min() < 0 or labels.max() >= classes):
+            raise DataInvalidError(
+                source.path, f"{split} labels from {labels.min()} to {labels.max()}", f"labels from 0 to {classes - 1}"
+            )
+        counts[split] = np.bincount(labels, minlength=classes).tolist()
+    for split in ("train", "test"):
+        if not sum(counts[split]):
+            raise DataInvalidError(source.path, f"no {split} images", "a train and a test split")
+    empty = [name for name, n in zip(source.class_names, counts["train"], strict=True) if n == 0]
+    if empty:
+        raise DataInvalidError(source.path, f"no training image of class {', '.join(empty)}", "images of every class")
+    height, width, channels = source.image_shape()
+    if height != width or channels not in (1, 3):
+        raise DataInvalidError(
+            source.path, f"images of {height}×{width} with {channels} channels", "square images, grey or RGB"
+        )
+    return DataInfo(source.class_names, height, channels, counts), source.labels("train")
+
+
+class Digits:
+    """scikit-learn's 1797 handwritten digits, 8×8 grey; 60 % train, 10 % val and 30 % test of each class."""
+
+    path = "scikit-learn's digits"
+
+    def __init__(self, config: DataConfig) -> None:
+        self.resolution = config.resolution
+        self.class_names = [str(digit) for digit in range(10)]
+
+    @cached_property
+    def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        from sklearn.datasets import load_digits
+
+        images, labels = load_digits(return_X_y=True)
+        return (images * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8, 1), labels.astype(np.int64)
+
+    @cached_property
+    def _splits(self) -> dict[Split, np.ndarray]:
+        labels, parts = self._arrays[1], {"train": [], "val": [], "test": []}  # type: ignore[var-annotated]
+        for y in range(10):
+            order = random_state("digits", y).permutation(np.flatnonzero(labels == y))
+            edges = [round(0.6 * len(order)), round(0.7 * len(order))]
+            for part, indices in zip(parts.values(), np.split(order, edges), strict=True):
+                part.append(indices)
+        return {"train": np.sort(np.concatenate(parts["train"])), "val": np.sort(np.concatenate(parts["val"])),
+                "test": np.sort(np.concatenate(parts["test"]))}
+
+    def labels(self, split: Split) -> np.ndarray:
+        """See Source."""
+        return self._arrays[1][self._splits[split]]
+
+    def images(self, split: Split, indices: np.ndarray | None = None) -> np.ndarray:
+        """See Source."""
+        chosen = self._splits[split] if indices is None else self._splits[split][indices]
+        return resize_batch(self._arrays[0][chosen], self.resolution)
+
+    def image_shape(self) -> tuple[int, int, int]:
+        """See Source."""
+        return (self.resolution or 8, self.resolution or 8, 1)
+
+
+class ArrayFile:
+    """An .npz file in MedMNIST's layout: {train,val,test}_images uint8 (n, H, W[, C]) and _labels (n[, 1])."""
+
+    def __init__(self, path: Path, resolution: int | None, class_names: list[str] | None = None) -> None:
+        self.path, self.resolution = str(path), resolution
+        self.class_names = class_names or [str(y) for y in range(int(self.labels("train").max(initial=-1)) + 1)]
+
+    def _read(self, key: str, indices: np.ndarray | None = None) -> np.ndarray:
+        """Rows of one array; only those at `indices` are kept while the file is decompressed."""
+        try:
+            with zipfile.ZipFile(self.path) as archive, archive.open(f"{key}.npy") as member:
+                version = np.lib.format.read_magic(member)
+                header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, fortran, dtype = header(member)
+                if fortran or dtype.hasobject:
+                    raise DataInvalidError(self.path, f"{key} as {dtype} objects or in Fortran order", "a plain C-ordered array")
+                row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
+                if indices is None:
+                    indices = np.arange(shape[0])
+                rows = np.empty((len(indices), *shape[1:]), dtype)
+                wanted = np.argsort(indices, kind="stable")
+                position = 0
+                chunk_rows = max(1, 2**24 // max(row_bytes, 1))
+                for start in range(0, shape[0], chunk_rows):
+                    n = min(chunk_rows, shape[0] - start)
+                    chunk = np.frombuffer(member.read(n * row_bytes), dtype).reshape(n, *shape[1:])
+                    end = np.searchsorted(indices[wanted], start + n)
+                    here = wanted[position:end]
+                    rows[here] = chunk[indices[here] - start]
+                    position = int(end)
+                return rows
+        except KeyError:
+            if key.startswith("val_"):
+                return np.empty((0,), np.uint8)
+            raise DataInvalidError(self.path, f"no array {key!r}", "train_images, train_labels, test_images, test_labels") from None
+        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
+            raise DataInvalidError(self.path, f"a corrupt file ({key}: {error})", "an intact .npz file") from error
+
+    def labels(self, split: Split) -> np.ndarray:
+        """See Source."""
+        found = self._read(f"{split}_labels")
+        if found.ndim > 2 or (found.ndim == 2 and found.shape[1] != 1) or (found.size and found.dtype.kind not in "iu"):
+            raise DataInvalidError(self.path, f"{split}_labels {found.dtype} {found.shape}", "one integer an image")
+        return found.reshape(-1).astype(np.int64)
+
+    def images(self, split: Split, indices: np.ndarray | None = None) -> np.ndarray:
+        """See Source."""
+        images = self._read(f"{split}_images", indices)
+        return resize_batch(images if images.ndim == 4 else images[..., None], self.resolution)
+
+    def image_shape(self) -> tuple[int, int, int]:
+        """See Source."""
+        shapes = set()
+        splits: tuple[Split, ...] = ("train", "val", "test")
+        for split in splits:
+            n = len(self.labels(split))
+            if n == 0:
+                continue
+            images = self._read(f"{split}_images", np.array([0, n - 1]) if n else None)
+            if images.dtype != np.uint8 or images.ndim not in (3, 4):
+                raise DataInvalidError(self.path, f"{split}_images {images.dtype} {images.shape}", "uint8 (n, H, W[, C])")
+            shapes.add((*images.shape[1:3], images.shape[3] if images.ndim == 4 else 1))
+        if len(shapes) != 1:
+            raise DataInvalidError(self.path, f"images of mixed shapes {sorted(shapes)}", "one shape in all splits")
+        height, width, channels = shapes.pop()
+        return (self.resolution or height, self.resolution or width, channels)
+
+
+class Cifar10:
+    """CIFAR-10 (Krizhevsky 2009) through torchvision, which checks the files' MD5; it has no val split."""
+
+    class_names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]  # noqa: RUF012
+
+    def __init__(self, config: DataConfig) -> None:
+        from torchvision.datasets import CIFAR10
+
+        self.resolution, root = config.resolution, data_root(config)
+        self.path = str(root / CIFAR10.filename)
+        self._sets = {}
+        for split in ("train", "test"):
+            try:
+                self._sets[split] = CIFAR10(root, train=split == "train", download=config.download)
+            except (OSError, RuntimeError) as error:
+                raise DataMissingError(self.path, CIFAR10.tgz_md5, CIFAR10.url) from error
+
+    def labels(self, split: Split) -> np.ndarray:
+        """See Source."""
+        return np.asarray(self._sets[split].targets if split in self._sets else [], dtype=np.int64)
+
+    def images(self, split: Split, indices: np.ndarray | None = None) -> np.ndarray:
+        """See Source."""
+        images = self._sets[split].data
+        return resize_batch(images if indices is None else images[indices], self.resolution)
+
+    def image_shape(self) -> tuple[int, int, int]:
+        """See Source."""
+        return (self.resolution or 32, self.resolution or 32, 3)
+
+
+class ImageFolder:
+    """A folder with train/<class>/ and test/<class>/ (val/ optional) of image files."""
+
+    def __init__(self, path: Path, resolution: int | None) -> None:
+        self.path, self.resolution = str(path), resolution
+        if not (path / "train").is_dir() or not (path / "test").is_dir():
+            raise DataInvalidError(path, f"{sorted(p.name for p in path.iterdir())}", "subfolders train and test")
+        self.class_names = sorted(p.name for p in (path / "train").iterdir() if p.is_dir())
+        if not self.class_names:
+            raise DataInvalidError(path / "train", "no folders", "one folder a class")
+
+    @cached_property
+    def _files(self) -> dict[Split, list[tuple[str, int]]]:
+        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
+
+        files: dict[Split, list[tuple[str, int]]] = {"train": [], "val": [], "test": []}
+        index = {name: y for y, name in enumerate(self.class_names)}
+        for split, found in files.items():
+            folder = Path(self.path) / split
+            if folder.is_dir():
+                strangers = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in index)
+                if strangers:
+                    raise DataInvalidError(folder, f"folders {strangers}", f"only the classes of train: {self.class_names}")
+                found += make_dataset(str(folder), index, extensions=IMG_EXTENSIONS, allow_empty=True)
+        return files
+
+    def _open(self, file: str) -> Image.Image:
+        try:
+            return Image.open(file)
+        except (UnidentifiedImageError, OSError) as error:
+            raise DataInvalidError(file, f"not a readable image ({error})", "an intact image file") from error
+
+    @cached_property
+    def _mode(self) -> str:
+        """`L` where all images are grey, else `RGB`; reads every file's header, and so finds those that are none."""
+        modes, shapes = set(), set()
+        for files in self._files.values():
+            for file, _ in files:
+                with self._open(file) as image:
+                    modes.add("L" if image.mode in ("1", "L", "I;16") else "RGB")
+                    shapes.add(image.size)
+        if self.resolution is None and len(shapes) > 1:
+            raise DataInvalidError(self.path, f"images of mixed shapes {sorted(shapes)[:4]}", "one shape, or data.resolution to resize them")
+        return modes.pop() if len(modes) == 1 else "RGB"
+
+    def labels(self, split: Split) -> np.ndarray:
+        """See Source."""
+        return np.array([y for _, y in self._files[split]], dtype=np.int64)
+
+    def images(self, split: Split, indices: np.ndarray | None = None) -> np.ndarray:
+        """See Source."""
+        files = self._files[split]
+        rows = []
+        for i in range(len(files)) if indices is None else indices:
+            with self._open(files[i][0]) as image:
+                try:
+                    pixels = image.convert(self._mode)
+                except OSError as error:
+                    raise DataInvalidError(files[i][0], f"a broken image ({error})", "an intact image file") from error
+            rows.append(np.atleast_3d(np.asarray(resize(pixels, self.resolution) if self.resolution else pixels)))
+        return np.stack(rows)
+
+    def image_shape(self) -> tuple[int, int, int]:
+        """See Source."""
+        channels = 1 if self._mode == "L" else 3
+        if self.resolution:
+            return (self.resolution, self.resolution, channels)
+        with self._open(self._files["train"][0][0]) as image:
+            return (image.height, image.width, channels)
+
+
+def _medmnist_class_names(config: DataConfig) -> list[str]:
+    from medmnist import INFO
+
+    names = INFO[config.source.partition(":")[2]]["label"]
+    return [names[str(y)] for y in range(len(names))]
+
+
+def _medmnist_file(config: DataConfig) -> Path:
+    """The verified file of a MedMNIST set, downloaded where allowed and possible."""
+    from medmnist import INFO
+    from torchvision.datasets.utils import check_integrity, download_url
+
+    flag = config.source.partition(":")[2]
+    suffix = "" if config.size == 28 else f"_{config.size}"
+    info, path = INFO[flag], data_root(config) / f"{flag}{suffix}.npz"
+    url, checksum = info[f"url{suffix}"], info[f"MD5{suffix}"]
+    if config.download and not path.exists():
+        try:
+            download_url(url, str(path.parent), path.name, checksum)
+        except (OSError, RuntimeError) as error:
+            raise DataMissingError(path, checksum, url) from error
+    if not path.exists():
+        raise DataMissingError(path, checksum, url)
+    if not check_integrity(str(path), checksum):
+        raise DataInvalidError(path, "another MD5 than MedMNIST's", f"{checksum}; delete the file to download it again")
+    return path

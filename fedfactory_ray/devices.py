@@ -1,0 +1,55 @@
+"""Devices: which one a process computes on, with which precision, and how it is made deterministic."""
+
+from __future__ import annotations
+
+import os
+import random
+
+import numpy as np
+import torch
+
+from fedfactory_ray.config import Precision, WorkerResources
+
+
+def prepare_process(resources: WorkerResources, num_gpus: float) -> torch.device:
+    """Choose the device that Ray assigned to this process and fix everything that could vary.
+
+    A process without assigned GPUs computes on the CPU, even where it could see a GPU. Torch uses `num_cpus` threads.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(max(1, int(resources.num_cpus)))
+    torch.backends.cudnn.benchmark = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if num_gpus == 0:
+        return torch.device("cpu")
+    device = torch.device("cuda", 0)  # Ray narrows CUDA_VISIBLE_DEVICES to the assigned ones
+    torch.cuda.set_device(device)
+    return device
+
+
+def seed_process(seed: int) -> None:
+    """Seed Python's, NumPy's and torch's global generators."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def resolve_precision(precision: Precision, device: torch.device, *, cpu_bf16: bool = True) -> str:
+    """`fp32`, `bf16` or `fp16`: `auto` takes bf16 where the hardware computes in it.
+
+    On CPUs that is AVX512-BF16 or AMX; others emulate bf16 slowly. `cpu_bf16=False` keeps `auto` at fp32 on CPUs.
+    """
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities() if cpu_bf16 else {}
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+
+
+AUTOCAST_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Context in which networks compute in `precision` on `device`."""
+    return torch.autocast(device.type, AUTOCAST_DTYPES[precision], enabled=precision != "fp32")

@@ -1,0 +1,84 @@
+"""Every refusal of the package: each class builds its own message from what was found, needed and to be done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+class FedFactoryError(Exception):
+    """Base of all errors that a user can mend; jobs print it without a traceback."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Subclasses build their message from other arguments than they store; workers' errors must still travel.
+        return _restore, (type(self), self.args, self.__dict__)
+
+
+def _restore(kind: type[FedFactoryError], args: tuple[Any, ...], state: dict[str, Any]) -> FedFactoryError:
+    error = kind.__new__(kind)
+    error.args = args
+    error.__dict__.update(state)
+    return error
+
+
+class ConfigError(FedFactoryError):
+    """A setting is unknown, of the wrong type, or impossible together with others."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        lines = "\n".join(f"  - {problem}" for problem in problems)
+        super().__init__(f"The configuration cannot be used:\n{lines}\nNothing was started.")
+
+
+class DataMissingError(FedFactoryError):
+    """A data file is not there and could not be downloaded."""
+
+    def __init__(self, path: Path | str, checksum: str | None, origin: str) -> None:
+        expected = f"\n  expected MD5: {checksum}" if checksum else ""
+        super().__init__(
+            f"Data file missing: {path}{expected}\n  origin: {origin}\n"
+            "Download it elsewhere and put it at that path, or point data.root (or FEDFACTORY_DATA) at its folder."
+        )
+
+
+class DataInvalidError(FedFactoryError):
+    """A data file is there, but what it holds cannot be used."""
+
+    def __init__(self, path: Path | str, found: str, needed: str) -> None:
+        super().__init__(f"Data refused: {path}\n  found:  {found}\n  needed: {needed}")
+
+
+class PartitionError(FedFactoryError):
+    """The requested partition cannot be made from the labels at hand."""
+
+    def __init__(self, found: str, needed: str, remedy: str) -> None:
+        super().__init__(f"Partition impossible: {found}\n  needed: {needed}\n  try:    {remedy}")
+
+
+class ModuleRefusedError(FedFactoryError):
+    """A module failed verification; names the client that it came from."""
+
+    def __init__(self, client: str, label: int, reason: str) -> None:
+        self.client = client
+        super().__init__(
+            f"Module of client {client!r}, class {label}, refused: {reason}\n"
+            "Ask the client to upload it again; nothing was drawn from it."
+        )
+
+
+class ResourcesError(FedFactoryError):
+    """The cluster can never run the plan, so it would hang."""
+
+    def __init__(self, found: str, needed: str, remedy: str) -> None:
+        super().__init__(f"The cluster cannot run this plan.\n  found:  {found}\n  needed: {needed}\n  try:    {remedy}")
+
+
+class RunConflictError(FedFactoryError):
+    """A run of this name exists with another configuration."""
+
+    def __init__(self, uri: str, differences: Sequence[str]) -> None:
+        lines = "\n".join(f"  - {line}" for line in differences)
+        super().__init__(
+            f"{uri} holds a run with another configuration:\n{lines}\n"
+            "Choose another --name, or repeat the original command to resume that run."
+        )

@@ -1,0 +1,101 @@
+"""A module: what a client uploads for one class, as safetensors (weights) and JSON (provenance)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fedfactory_ray.config import GeneratorConfig
+from fedfactory_ray.errors import ModuleRefusedError
+from fedfactory_ray.generation.unet import Denoiser
+
+
+@dataclass(frozen=True)
+class ModuleCard:
+    """Provenance of a module: everything about it but its weights."""
+
+    client: str
+    label: int
+    images: int
+    channels: int
+    resolution: int
+    steps: int
+    precision: str
+    generator: dict[str, Any]
+    sha256: str
+    size: int
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Client and class."""
+        return self.client, self.label
+
+    @property
+    def folder(self) -> str:
+        """Where the module lies in a run's storage."""
+        return f"modules/{self.client}/class-{self.label:03d}"
+
+    def to_json(self) -> bytes:
+        """The card as JSON."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> ModuleCard:
+        """Inverse of `to_json`."""
+        return cls(**json.loads(text))
+
+
+def pack(denoiser: Denoiser, *, half: bool) -> bytes:
+    """Weights as safetensors; with `half`, matrices and filters as float16 (vectors and scalars stay float32)."""
+    tensors = {
+        name: tensor.detach().cpu().to(torch.float16 if half and tensor.ndim > 1 else torch.float32).contiguous()
+        for name, tensor in denoiser.state_dict().items()
+    }
+    return safetensors.torch.save(tensors)
+
+
+def digest(weights: bytes) -> str:
+    """SHA-256 of a module's weights, in hexadecimal."""
+    return hashlib.sha256(weights).hexdigest()
+
+
+def make_denoiser(card: ModuleCard) -> Denoiser:
+    """An untrained network of the card's architecture."""
+    return Denoiser(GeneratorConfig(**card.generator), card.channels, card.resolution)
+
+
+def load_weights(denoiser: Denoiser, weights: bytes, card: ModuleCard) -> None:
+    """Verify a module and put its weights into `denoiser`.
+
+    Raises ModuleRefusedError, which names the client, unless digest, tensor names, shapes, dtypes and values are right.
+    """
+
+    def refuse(reason: str) -> ModuleRefusedError:
+        return ModuleRefusedError(card.client, card.label, reason)
+
+    if digest(weights) != card.sha256:
+        raise refuse(f"SHA-256 {digest(weights)[:12]}…, its card says {card.sha256[:12]}…")
+    try:
+        found: dict[str, Tensor] = safetensors.torch.load(weights)
+    except safetensors.SafetensorError as error:
+        raise refuse(f"not safetensors ({error})") from error
+    expected = denoiser.state_dict()
+    if found.keys() != expected.keys():
+        strange = sorted(found.keys() ^ expected.keys())
+        raise refuse(f"tensors {strange[:3]} missing or unknown ({len(strange)} in all)")
+    for name, tensor in found.items():
+        if tensor.shape != expected[name].shape:
+            raise refuse(f"tensor {name} of shape {tuple(tensor.shape)}, needed {tuple(expected[name].shape)}")
+        if tensor.dtype not in (torch.float16, torch.float32):
+            raise refuse(f"tensor {name} of {tensor.dtype}, needed float16 or float32")
+        if not torch.isfinite(tensor).all():
+            raise refuse(f"tensor {name} holds values that are not finite")
+    denoiser.load_state_dict(found)
+    denoiser.eval()

@@ -1,0 +1,55 @@
+"""Samplers: short pure functions from noise to images, given a denoiser D(x, sigma)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Denoise = Callable[[Tensor, Tensor], Tensor]
+
+
+def karras_sigmas(steps: int, sigma_min: float, sigma_max: float, rho: float) -> Tensor:
+    """Falling noise levels float64 (steps + 1,), the last one 0 (Karras et al. 2022, eq. 5)."""
+    ramp = torch.linspace(0, 1, steps, dtype=torch.float64)
+    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
+    return torch.cat([(high + ramp * (low - high)) ** rho, torch.zeros(1, dtype=torch.float64)])
+
+
+def heun(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
+    """Heun's second-order method (Karras et al. 2022, algorithm 1): 2 len(sigmas) - 3 evaluations.
+
+    `x` is pure noise (n, C, H, W) of deviation sigmas[0]; returns images (n, C, H, W).
+    """
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        slope = (x - denoise(x, sigma)) / sigma
+        euler = x + (following - sigma) * slope
+        if following > 0:
+            slope = (slope + (euler - denoise(euler, following)) / following) / 2
+        x = x + (following - sigma) * slope
+    return x
+
+
+def dpmpp(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) in sigma: len(sigmas) - 1 evaluations. Shapes as in `heun`."""
+    previous, previous_step = None, None
+    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+        clean = denoise(x, sigma)
+        if following == 0:
+            return clean
+        step = (sigma / following).log()
+        target = clean
+        if previous is not None and previous_step is not None:
+            target = clean + (clean - previous) * step / (2 * previous_step)
+        x = (following / sigma) * x - torch.expm1(-step) * target
+        previous, previous_step = clean, step
+    return x
+
+
+SOLVERS = {"heun": heun, "dpmpp": dpmpp}
+
+
+def solver_steps(solver: str, evaluations: int) -> int:
+    """Number of steps that spend at most `evaluations` network calls."""
+    return (evaluations + 1) // 2 if solver == "heun" else evaluations

@@ -1,0 +1,62 @@
+"""Pictures for MLflow: sample grids beside real images, confusion matrix, partition."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.figure import Figure
+
+GRID_COLUMNS = 8
+
+
+def sample_grid(synthetic: dict[int, np.ndarray], real: dict[int, np.ndarray], class_names: list[str], client: str) -> Figure:
+    """A row a class: images drawn from the client's modules on the left, held-out real images on the right.
+
+    Images are uint8 (n, H, W, C) by class; up to GRID_COLUMNS of each are shown.
+    """
+    figure = Figure(figsize=(2 * GRID_COLUMNS * 0.55 + 1, 0.65 * len(synthetic) + 0.7), layout="constrained")
+    axes = figure.subplots(len(synthetic), 2, squeeze=False)
+    for row, (label, images) in zip(axes, sorted(synthetic.items()), strict=True):
+        for axis, shown in zip(row, (images, real[label]), strict=True):
+            strip = np.zeros((images.shape[1], GRID_COLUMNS * images.shape[2], images.shape[3]), np.uint8)
+            tiles = np.concatenate(list(shown[:GRID_COLUMNS]), axis=1) if len(shown) else strip[:, :0]
+            strip[:, : tiles.shape[1]] = tiles
+            axis.imshow(strip.squeeze(), cmap="gray", vmin=0, vmax=255)
+            axis.set(xticks=[], yticks=[])
+        row[0].set_ylabel(class_names[label][:14], rotation=0, ha="right", va="center", fontsize=7)
+    axes[0, 0].set_title(f"drawn from {client}", fontsize=9)
+    axes[0, 1].set_title("real, held out", fontsize=9)
+    return figure
+
+
+def confusion_plot(confusion: list[list[int]], class_names: list[str], title: str) -> Figure:
+    """Confusion matrix (rows: truth) with counts, coloured by share of the true class."""
+    counts = np.array(confusion)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = 2.2 + 0.45 * len(counts)
+    figure = Figure(figsize=(side + 0.6, side), layout="constrained")
+    axis = figure.subplots()
+    axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    for (truth, predicted), n in np.ndenumerate(counts):
+        if n:
+            colour = "white" if shares[truth, predicted] > 0.5 else "black"
+            axis.text(predicted, truth, str(n), ha="center", va="center", fontsize=7, color=colour)
+    ticks = range(len(counts))
+    names = [name[:14] for name in class_names]
+    axis.set_xticks(ticks, names, rotation=90, fontsize=7)
+    axis.set_yticks(ticks, names, fontsize=7)
+    axis.set(xlabel="predicted", ylabel="true", title=title)
+    return figure
+
+
+def partition_plot(matrix: np.ndarray, clients: list[str], class_names: list[str]) -> Figure:
+    """Image counts, client × class, as areas of dots."""
+    figure = Figure(figsize=(2.5 + 0.35 * len(class_names), 1.6 + 0.22 * len(clients)), layout="constrained")
+    axis = figure.subplots()
+    client, label = np.nonzero(matrix)
+    sizes = matrix[client, label]
+    axis.scatter(label, client, s=160 * sizes / sizes.max())
+    axis.set_xticks(range(len(class_names)), [name[:14] for name in class_names], rotation=90, fontsize=7)
+    axis.set_yticks(range(len(clients)), clients, fontsize=7)
+    axis.set(title="images a client and class")
+    axis.invert_yaxis()
+    return figure

@@ -1,0 +1,56 @@
+"""What a person sees while a job runs: bars on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+LINE_SECONDS = 15.0
+
+
+class Bars:
+    """The bars of one phase: one for the whole and, on a terminal, one for each part that is at work."""
+
+    def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
+        self.console, self.title, self.total, self.unit = console, title, total, unit
+        self.started = self.printed = time.monotonic()
+        self.parts: dict[str, TaskID] = {}
+        self.progress = Progress(
+            TextColumn("{task.description:<24}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[note]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.whole = self.progress.add_task(f"{title} ({unit})", total=total, note="")
+
+    def update(self, done: int, note: str = "") -> None:
+        """Set how much of the phase is done; elsewhere than on a terminal, print it when the last line is old."""
+        self.progress.update(self.whole, completed=done, note=note)
+        now = time.monotonic()
+        if not self.console.is_terminal and now - self.printed > LINE_SECONDS:
+            seconds = now - self.started
+            self.console.print(f"  {self.title}: {done}/{self.total} {self.unit} in {seconds:.0f} s {note}", highlight=False)
+            self.printed = now
+
+    def part(self, name: str, done: int, total: int, note: str = "") -> None:
+        """Set a part's progress; a finished part leaves the screen."""
+        if name not in self.parts:
+            self.parts[name] = self.progress.add_task(f"  {name}", total=total, note="")
+        self.progress.update(self.parts[name], completed=done, total=total, note=note, visible=done < total)
+
+
+@contextmanager
+def bars(console: Console, title: str, total: int, unit: str) -> Iterator[Bars]:
+    """Show a phase of `total` units of work while the block runs, and its seconds at the end."""
+    shown = Bars(console, title, total, unit)
+    if not console.is_terminal:
+        console.print(f"{title} ({total} {unit})", highlight=False)
+    with shown.progress:
+        yield shown

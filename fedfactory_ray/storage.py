@@ -1,0 +1,81 @@
+"""A run's folder: local, shared or s3://, through pyarrow.fs; files appear whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, BinaryIO
+
+from pyarrow import fs
+
+
+class Storage:
+    """Files below one folder, by relative path. Pickles as its URI, so that workers open it themselves."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
+        self.filesystem, self.root = fs.FileSystem.from_uri(self.uri)
+
+    def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
+        return Storage, (self.uri,)
+
+    def path(self, name: str) -> str:
+        """Path of `name` inside the file system."""
+        return posixpath.join(self.root, name)
+
+    def within(self, name: str) -> Storage:
+        """The folder `name` as a storage of its own."""
+        return Storage(f"{self.uri.rstrip('/')}/{name}")
+
+    def exists(self, name: str) -> bool:
+        """Whether a file of that name is there, whole."""
+        return bool(self.filesystem.get_file_info(self.path(name)).type == fs.FileType.File)
+
+    def names(self, folder: str) -> list[str]:
+        """Relative names of all files below `folder`, sorted."""
+        selector = fs.FileSelector(self.path(folder), recursive=True, allow_not_found=True)
+        found = self.filesystem.get_file_info(selector)
+        return sorted(posixpath.relpath(f.path, self.root) for f in found if f.type == fs.FileType.File)
+
+    def read(self, name: str) -> bytes:
+        """Content of a file."""
+        with self.filesystem.open_input_stream(self.path(name)) as stream:
+            return bytes(stream.read())
+
+    @contextmanager
+    def writing(self, name: str) -> Iterator[BinaryIO]:
+        """A stream into a temporary file, which takes its name when the block ends well and is deleted otherwise."""
+        target = self.path(name)
+        temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+        self.filesystem.create_dir(posixpath.dirname(target), recursive=True)
+        stream = self.filesystem.open_output_stream(temporary)
+        try:
+            with stream:
+                yield stream
+        except BaseException:
+            self.filesystem.delete_file(temporary)
+            raise
+        self.filesystem.move(temporary, target)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write a file at once, atomically."""
+        with self.writing(name) as stream:
+            stream.write(content)
+
+    def sha256(self, name: str) -> str:
+        """SHA-256 of a file, read in pieces."""
+        with self.filesystem.open_input_stream(self.path(name)) as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Write `value` as JSON with sorted keys: equal values give equal bytes."""
+        self.write(name, json.dumps(value, indent=2, sort_keys=True).encode())
+
+    def read_json(self, name: str) -> Any:
+        """Read a JSON file."""
+        return json.loads(self.read(name))

@@ -1,0 +1,1 @@
+"""Synthesis: a class-balanced data set drawn from the modules, as Parquet."""

@@ -1,0 +1,55 @@
+"""The plan of synthesis: which module draws how many images, in units that any worker draws alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fedfactory_ray.generation.module import ModuleCard
+from fedfactory_ray.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Unit:
+    """`n` images of one module. Seed and images do not depend on any other unit, nor a shorter unit's on `n`."""
+
+    client: str
+    label: int
+    index: int
+    n: int
+    seed: int
+    module_sha256: str
+
+    @property
+    def file(self) -> str:
+        """Name of the unit's Parquet file in a run's storage."""
+        return f"synthetic/class-{self.label:03d}/{self.client}-{self.index:05d}.parquet"
+
+
+def quotas(counts: dict[str, int], total: int) -> dict[str, int]:
+    """Share `total` images among clients in proportion to `counts`, by largest remainder (ties: by name)."""
+    images = sum(counts.values())
+    shares = {client: total * n // images for client, n in counts.items()}
+    by_remainder = sorted(counts, key=lambda client: (-(total * counts[client] % images), client))
+    for client in by_remainder[: total - sum(shares.values())]:
+        shares[client] += 1
+    return shares
+
+
+def make_units(cards: Iterable[ModuleCard], images_per_class: int, unit_size: int, seed: int) -> list[Unit]:
+    """Units that draw `images_per_class` images of every class that a card offers, by class, client and index.
+
+    A class of several clients is a mixture of their modules. A larger quota only appends images to a client's own.
+    """
+    by_label: dict[int, dict[str, ModuleCard]] = {}
+    for card in cards:
+        by_label.setdefault(card.label, {})[card.client] = card
+    units = []
+    for label, holders in sorted(by_label.items()):
+        shares = quotas({client: card.images for client, card in holders.items()}, images_per_class)
+        for client, quota in sorted(shares.items()):
+            for index, start in enumerate(range(0, quota, unit_size)):
+                n = min(unit_size, quota - start)
+                unit_seed = derive_seed(seed, "synthesis", client, label, index)
+                units.append(Unit(client, label, index, n, unit_seed, holders[client].sha256))
+    return units

@@ -1,0 +1,71 @@
+"""A shard: the Parquet file of one unit; rows are images with label and provenance."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from fedfactory_ray.storage import Storage
+from fedfactory_ray.synthesis.plan import Unit
+
+ROWS_DIGEST = b"fedfactory.rows_sha256"
+
+
+def rows_digest(unit: Unit, images: np.ndarray) -> str:
+    """SHA-256 of a unit's decoded rows: label, client, module, unit and index, shape and pixels."""
+    header = f"{unit.label}\n{unit.client}\n{unit.module_sha256}\n{unit.index}\n{images.shape}\n"
+    return hashlib.sha256(header.encode() + np.ascontiguousarray(images).tobytes()).hexdigest()
+
+
+def image_column(images: np.ndarray) -> pa.ExtensionArray:
+    """uint8 images (n, H, W, C) as an Arrow column of fixed-shape tensors."""
+    shape = images.shape[1:]
+    flat = pa.array(np.ascontiguousarray(images).reshape(-1))
+    storage = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(shape)))
+    return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint8(), shape), storage)
+
+
+def to_table(unit: Unit, images: np.ndarray) -> pa.Table:
+    """Rows of a unit: image (uint8 tensor H×W×C), label, client, module (SHA-256), unit, index (in the unit)."""
+    n = len(images)
+    table = pa.table(
+        {
+            "image": image_column(images),
+            "label": pa.array([unit.label] * n, pa.int64()),
+            "client": pa.array([unit.client] * n, pa.string()),
+            "module": pa.array([unit.module_sha256] * n, pa.string()),
+            "unit": pa.array([unit.index] * n, pa.int64()),
+            "index": pa.array(range(n), pa.int64()),
+        }
+    )
+    return table.replace_schema_metadata({ROWS_DIGEST: rows_digest(unit, images).encode()})
+
+
+def images_of(table: pa.Table) -> np.ndarray:
+    """Column `image` of a table as uint8 (n, H, W, C)."""
+    return table.column("image").combine_chunks().to_numpy_ndarray()
+
+
+def write_shard(storage: Storage, unit: Unit, images: np.ndarray) -> str:
+    """Write a unit's file atomically; returns the digest of its rows."""
+    table = to_table(unit, images)
+    with storage.writing(unit.file) as stream:
+        pq.write_table(table, stream, compression="zstd")
+    return rows_digest(unit, images)
+
+
+def verified_digest(storage: Storage, unit: Unit) -> str | None:
+    """Digest of the rows of a unit's file, or None where the file is missing, torn, or not of this unit."""
+    if not storage.exists(unit.file):
+        return None
+    try:
+        table = pq.read_table(storage.path(unit.file), filesystem=storage.filesystem)
+    except pa.ArrowInvalid:
+        return None
+    if table.num_rows != unit.n or ROWS_DIGEST not in (table.schema.metadata or {}):
+        return None
+    digest = rows_digest(unit, images_of(table))
+    return digest if digest.encode() == table.schema.metadata[ROWS_DIGEST] else None

@@ -1,0 +1,129 @@
+"""Synthesis on the cluster: Ray Data fans units out to actors that write a Parquet file each."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import ray
+from ray.exceptions import ObjectLostError, RayActorError
+
+from fedfactory_ray.cluster import Worker
+from fedfactory_ray.config import Config, WorkerResources
+from fedfactory_ray.federation.round import ModuleHandle
+from fedfactory_ray.storage import Storage
+from fedfactory_ray.synthesis.plan import Unit, make_units
+
+MANIFEST = "synthetic/manifest.json"
+KEPT_MODULES = 2
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One line of the manifest: a unit's file and what it holds."""
+
+    file: str
+    client: str
+    label: int
+    unit: int
+    n: int
+    module_sha256: str
+    rows_sha256: str
+
+
+class Synthesizer:
+    """An actor that draws units; it keeps the network once and the weights of the few modules used last."""
+
+    def __init__(
+        self, config: Config, resources: WorkerResources, storage: Storage, modules: dict[tuple[str, int], ModuleHandle]
+    ) -> None:
+        from fedfactory_ray.devices import prepare_process
+
+        self.config, self.storage, self.modules = config, storage, modules
+        self.device = prepare_process(resources, len(ray.get_gpu_ids()))
+        self.kept: OrderedDict[tuple[str, int], Any] = OrderedDict()
+
+    def denoiser(self, key: tuple[str, int]) -> Any:
+        """The verified denoiser of a module, from the object store or, where that lost it, from storage."""
+        from fedfactory_ray.generation.module import load_weights, make_denoiser
+
+        if key in self.kept:
+            self.kept.move_to_end(key)
+            return self.kept[key]
+        handle = self.modules[key]
+        try:
+            weights = None if handle.ref is None else ray.get(handle.ref)
+        except (ObjectLostError, RayActorError):
+            weights = None
+        if weights is None:
+            weights = self.storage.read(f"{handle.card.folder}/model.safetensors")
+        denoiser = self.kept.popitem(last=False)[1] if len(self.kept) == KEPT_MODULES else make_denoiser(handle.card)
+        load_weights(denoiser, weights, handle.card)
+        self.kept[key] = denoiser.to(self.device)
+        return self.kept[key]
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Draw and write the batch's units, where their files are not there already; returns digests of their rows."""
+        from fedfactory_ray.devices import resolve_precision
+        from fedfactory_ray.generation.sampling import draw_images
+        from fedfactory_ray.synthesis.shard import verified_digest, write_shard
+
+        digests = []
+        precision = resolve_precision(self.config.generator.precision, self.device)
+        for row in zip(*(batch[name].tolist() for name in Unit.__dataclass_fields__), strict=True):
+            unit = Unit(*row)
+            digest = verified_digest(self.storage, unit)
+            if digest is None:
+                images = draw_images(
+                    self.denoiser((unit.client, unit.label)),
+                    self.config.sampler,
+                    unit.n,
+                    self.config.synthesis.batch_size,
+                    unit.seed,
+                    self.device,
+                    precision,
+                )
+                digest = write_shard(self.storage, unit, images)
+            digests.append(digest)
+        return batch | {"rows_sha256": np.array(digests)}
+
+
+def synthesize(
+    config: Config,
+    modules: dict[tuple[str, int], ModuleHandle],
+    worker: Worker,
+    storage: Storage,
+    listen: Callable[[int, int], None],
+) -> list[Shard]:
+    """Draw the synthetic data set; returns its manifest, which is also written to storage, last.
+
+    `listen` is told images drawn and images in all. The manifest's order is the plan's, whatever order units end in.
+    """
+    units = make_units(
+        (handle.card for handle in modules.values()), config.synthesis.images_per_class, config.synthesis.unit_size, config.seed
+    )
+    total, drawn = sum(unit.n for unit in units), 0
+    digests: dict[str, str] = {}
+    actors = min(worker.slots, len(units))
+    drawing = ray.data.from_items([asdict(unit) for unit in units], override_num_blocks=len(units)).map_batches(
+        Synthesizer,
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=worker.num_cpus,
+        num_gpus=worker.num_gpus,
+        fn_constructor_args=(config, worker.resources, storage, modules),
+    )
+    for row in drawing.iter_rows():
+        unit = Unit(**{name: row[name] for name in Unit.__dataclass_fields__})
+        digests[unit.file] = row["rows_sha256"]
+        drawn += unit.n
+        listen(drawn, total)
+    manifest = [
+        Shard(unit.file, unit.client, unit.label, unit.index, unit.n, unit.module_sha256, digests[unit.file])
+        for unit in units
+    ]
+    storage.write_json(MANIFEST, [asdict(shard) for shard in manifest])
+    return manifest

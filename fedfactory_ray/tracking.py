@@ -1,0 +1,114 @@
+"""MLflow: one parent run a job, a child run for each client and phase. The driver alone writes."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from fedfactory_ray.config import Config, flatten
+
+if TYPE_CHECKING:
+    import numpy as np
+    from matplotlib.figure import Figure
+    from torch import nn
+
+BATCH = 900  # MLflow takes 1000 metrics a call
+
+
+def tracking_uri(config: Config) -> str:
+    """Where runs are logged: the config's URI, else MLFLOW_TRACKING_URI, else a local sqlite file."""
+    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+
+
+class Run:
+    """One MLflow run: parameters, metrics, files and children."""
+
+    def __init__(self, client: Any, experiment_id: str, run_id: str) -> None:
+        self.client, self.experiment_id, self.id = client, experiment_id, run_id
+
+    def child(self, name: str) -> Run:
+        """Start a run nested below this one."""
+        tags = {"mlflow.parentRunId": self.id}
+        run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
+        return Run(self.client, self.experiment_id, run.info.run_id)
+
+    def params(self, values: Mapping[str, Any]) -> None:
+        """Log parameters."""
+        from mlflow.entities import Param
+
+        entities = [Param(name, str(value)) for name, value in values.items()]
+        for start in range(0, len(entities), 100):
+            self.client.log_batch(self.id, params=entities[start : start + 100])
+
+    def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
+        """Log one value a metric."""
+        self.curves((name, step, value) for name, value in values.items())
+
+    def curves(self, points: Iterable[tuple[str, int, float]]) -> None:
+        """Log many points (metric, step, value) in few calls."""
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        entities = [Metric(name, float(value), now, step) for name, step, value in points]
+        for start in range(0, len(entities), BATCH):
+            self.client.log_batch(self.id, metrics=entities[start : start + BATCH])
+
+    def tag(self, name: str, value: str) -> None:
+        """Set a tag."""
+        self.client.set_tag(self.id, name, value)
+
+    def figure(self, figure: Figure, file: str) -> None:
+        """Log a picture."""
+        self.client.log_figure(self.id, figure, file)
+
+    def json(self, value: Any, file: str) -> None:
+        """Log a JSON document."""
+        self.client.log_dict(self.id, value, file)
+
+    def text(self, text: str, file: str) -> None:
+        """Log a text."""
+        self.client.log_text(self.id, text, file)
+
+    def model(self, predictor: nn.Module, example: np.ndarray, probabilities: np.ndarray) -> str:
+        """Log a classifier with its signature, as an exported program (no pickle); returns its URI.
+
+        Load it with `mlflow.pyfunc.load_model(uri).predict(images)`: uint8 (n, H, W, C) in, (n, classes) out.
+        """
+        import mlflow
+        import torch
+
+        signature = mlflow.models.infer_signature(example, probabilities)
+        with mlflow.start_run(run_id=self.id):
+            info = mlflow.pytorch.log_model(
+                predictor,
+                name="classifier",
+                signature=signature,
+                input_example=example,
+                serialization_format="pt2",
+                pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", "mlflow"],
+            )
+        return str(info.model_uri)
+
+    def end(self, status: str = "FINISHED") -> None:
+        """End the run: FINISHED, FAILED or KILLED."""
+        self.client.set_terminated(self.id, status)
+
+
+def start_run(config: Config, name: str) -> Run:
+    """Start the parent run of a job and log every setting."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    import logging
+
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    import mlflow
+
+    mlflow.set_tracking_uri(tracking_uri(config))
+    experiment = mlflow.set_experiment(config.tracking.experiment)
+    client = mlflow.MlflowClient()
+    created = client.create_run(experiment.experiment_id, run_name=name)
+    run = Run(client, experiment.experiment_id, created.info.run_id)
+    run.params(flatten(config.model_dump(mode="json")))
+    return run
