@@ -21,7 +21,11 @@ def connect() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
     if not ray.is_initialized():
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, include_dashboard=None if in_cluster() else False)
+        ray.init(
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=None if in_cluster() else False,
+        )
     quiet()
 
 
@@ -92,7 +96,7 @@ def make_plan(config: ResourcesConfig, nodes: list[Mapping[str, float]] | None =
         if fits < needed:
             raise ResourcesError(
                 found,
-                f"{needed} × {wanted.num_cpus:g} CPUs and {num_gpus:g} GPUs on a node for resources.{name} (room for {fits})",
+                f"{needed} × ({wanted.num_cpus:g} CPUs, {num_gpus:g} GPUs) for resources.{name}; room for {fits}",
                 f"smaller resources.{name}.num_cpus or .num_gpus"
                 + (", or resources.classifier_workers" if needed > 1 else "")
                 + ", or larger nodes",
@@ -108,7 +112,7 @@ def make_plan(config: ResourcesConfig, nodes: list[Mapping[str, float]] | None =
     if left < DATA_CPUS:
         raise ResourcesError(
             found,
-            f"{config.classifier_workers} × {plan.classifier.num_cpus:g} CPUs for the classifier and {DATA_CPUS:g} to feed it",
+            f"{config.classifier_workers} × {plan.classifier.num_cpus:g} CPUs to fit and {DATA_CPUS:g} to read data",
             "a smaller resources.classifier.num_cpus: fractions share a core",
         )
     return plan

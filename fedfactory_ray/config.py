@@ -6,6 +6,7 @@ Values combine in this order, the later winning: the defaults below, a preset, a
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -33,8 +34,8 @@ class DataConfig(Section):
     source: str = "digits"
     """`digits`, `cifar10`, `medmnist:<flag>`, a path to an .npz in MedMNIST's layout, or to a folder with
     train/<class>/ and test/<class>/ (val/ optional)."""
-    root: str | None = None
-    """Folder of downloaded files; default: $FEDFACTORY_DATA, else ~/.medmnist."""
+    root: str = Field(default_factory=lambda: os.environ.get("FEDFACTORY_DATA", "~/.medmnist"))
+    """Folder of downloaded files, on every node; default: $FEDFACTORY_DATA, else ~/.medmnist."""
     download: bool = True
     """Download a missing MedMNIST or CIFAR-10 file."""
     size: Literal[28, 64, 128, 224] = 28
@@ -58,10 +59,6 @@ class DataConfig(Section):
             planar = {name for name, info in INFO.items() if "3d" not in name and "multi-label" not in info["task"]}
             if flag not in planar:
                 raise ValueError(f"source {self.source!r}: needed medmnist:<flag> with a flag of {sorted(planar)}")
-        elif kind not in NATIVE_RESOLUTION and not Path(self.source).expanduser().exists():
-            raise ValueError(
-                f"source {self.source!r}: neither digits, cifar10, medmnist:<flag> nor an existing .npz file or folder"
-            )
         return self
 
 
@@ -211,7 +208,7 @@ class ClassifierConfig(Section):
 
     model: Literal["cnn", "resnet18", "resnet50"] = "cnn"
     """A small CNN for CPUs, or torchvision's ResNet with a small-image stem."""
-    epochs: int = Field(15, ge=1)
+    epochs: int = Field(10, ge=1)
     """Passes over the synthetic images."""
     batch_size: int = Field(64, ge=2)
     """Images an optimiser step, over all workers."""
@@ -249,7 +246,7 @@ class WorkerResources(Section):
     """What one actor or worker asks of Ray."""
 
     num_cpus: float = Field(1.0, gt=0)
-    """CPUs; also the number of torch threads (1 for a fraction)."""
+    """CPUs; also the number of torch threads, rounded up."""
     num_gpus: float | None = Field(None, ge=0)
     """GPUs, a fraction to share one; default: 1 where the cluster has GPUs, else 0."""
 
@@ -261,7 +258,7 @@ class ResourcesConfig(Section):
     """A client's actor."""
     synthesis: WorkerResources = WorkerResources()
     """A synthesis actor."""
-    classifier: WorkerResources = WorkerResources()
+    classifier: WorkerResources = WorkerResources(num_cpus=1.5)
     """A Ray Train worker."""
     classifier_workers: int = Field(1, ge=1)
     """Number of Ray Train workers; part of what determines the classifier."""
@@ -324,7 +321,7 @@ class Config(BaseSettings):
     """MLflow."""
 
     @classmethod
-    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, **_: Any) -> tuple[Any, ...]:
+    def settings_customise_sources(cls, settings_cls: Any, init_settings: Any, *_: Any, **__: Any) -> tuple[Any, ...]:
         """Read no environment variables: a run is a function of its command line and files."""
         return (init_settings,)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
 
@@ -14,10 +15,11 @@ from fedfactory_ray.config import Precision, WorkerResources
 def prepare_process(resources: WorkerResources, num_gpus: float) -> torch.device:
     """Choose the device that Ray assigned to this process and fix everything that could vary.
 
-    A process without assigned GPUs computes on the CPU, even where it could see a GPU. Torch uses `num_cpus` threads.
+    A process without assigned GPUs computes on the CPU, even where it could see a GPU. Torch uses `num_cpus` threads,
+    rounded up.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(max(1, int(resources.num_cpus)))
+    torch.set_num_threads(math.ceil(resources.num_cpus))
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
     if num_gpus == 0:

@@ -70,7 +70,9 @@ class ResourcesError(FedFactoryError):
     """The cluster can never run the plan, so it would hang."""
 
     def __init__(self, found: str, needed: str, remedy: str) -> None:
-        super().__init__(f"The cluster cannot run this plan.\n  found:  {found}\n  needed: {needed}\n  try:    {remedy}")
+        super().__init__(
+            f"The cluster cannot run this plan.\n  found:  {found}\n  needed: {needed}\n  try:    {remedy}"
+        )
 
 
 class RunConflictError(FedFactoryError):

@@ -61,7 +61,9 @@ def claim(config: Config, storage: Storage) -> None:
         ours = json.loads(json.dumps(ours))
         differing = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
         if differing:
-            raise RunConflictError(storage.uri, [f"{k}: there {theirs.get(k)!r}, here {ours.get(k)!r}" for k in differing])
+            raise RunConflictError(
+                storage.uri, [f"{k}: there {theirs.get(k)!r}, here {ours.get(k)!r}" for k in differing]
+            )
     else:
         storage.write_json("config.json", wanted)
 
@@ -123,7 +125,11 @@ def _save_partition(storage: Storage, partition: Partition) -> None:
 
     with storage.writing("partition.parquet") as stream:
         pq.write_table(partition.to_table(), stream)
-    summary = {"sha256": partition.sha256, "clients": partition.clients, "counts": partition.matrix().tolist()}
+    summary = {
+        "sha256": partition.sha256,
+        "clients": partition.clients,
+        "counts": partition.matrix().tolist(),
+    }
     storage.write_json("partition.json", summary)
 
 
@@ -177,7 +183,10 @@ def _run_phases(
     cards = [handle.card for handle in modules.values()]
 
     # 2. A class-balanced data set is drawn from the modules.
-    with phase("synthesis"), bars(console, "drawing images", config.synthesis.images_per_class * info.classes, "images") as shown:
+    with (
+        phase("synthesis"),
+        bars(console, "drawing images", config.synthesis.images_per_class * info.classes, "images") as shown,
+    ):
         manifest = synthesize(config, modules, plan.synthesis, storage, lambda n, _: shown.update(n))
     report.synthetic_images = sum(shard.n for shard in manifest)
 
@@ -189,10 +198,13 @@ def _run_phases(
         rows["centralised"] = real_rows(config, partition, info)
     classifiers: dict[str, Classifier] = {}
     for method, its_rows in rows.items():
-        with phase(f"classifier ({method})"), bars(console, f"fitting {method}", config.classifier.epochs, "epochs") as shown:
+        with (
+            phase(f"classifier ({method})"),
+            bars(console, f"fitting {method}", config.classifier.epochs, "epochs") as shown,
+        ):
 
             def on_epoch(epoch: Epoch) -> None:
-                shown.update(epoch.epoch, f"validation accuracy {epoch.validation_accuracy:.3f}")  # noqa: B023
+                shown.update(epoch.epoch, f"validation accuracy {epoch.validation_accuracy:.3f}")
 
             classifiers[method] = fit(config, its_rows, task, plan.classifier, storage, method, on_epoch)
             child = run.child(f"classifier-{method}")
@@ -207,7 +219,12 @@ def _run_phases(
     with phase("evaluation"):
         worker = plan.classifier
         reference = evaluate_on_test.options(num_cpus=worker.num_cpus, num_gpus=worker.num_gpus).remote(
-            config, task, worker.resources, storage, {m: c.folder for m, c in classifiers.items()}, plots.GRID_COLUMNS
+            config,
+            task,
+            worker.resources,
+            storage,
+            {m: c.folder for m, c in classifiers.items()},
+            plots.GRID_COLUMNS,
         )
         drawn = ray.get(previews.remote(storage, manifest, plots.GRID_COLUMNS))
         result = _unwrap(reference)
@@ -221,17 +238,28 @@ def _run_phases(
         for client in partition.clients:
             child_run = client_runs.setdefault(client, _ClientRun(logged, client))
             synthetic = {label: images for (c, label), images in drawn.items() if c == client}
-            child_run.finish([card for card in cards if card.client == client], plots.sample_grid(synthetic, result.examples, info.class_names, client))
+            child_run.finish(
+                [card for card in cards if card.client == client],
+                plots.sample_grid(synthetic, result.examples, info.class_names, client),
+            )
         synthesis_run = run.child("synthesis")
         synthesis_run.json([vars(shard) for shard in manifest], "manifest.json")
         seconds = report.seconds["synthesis"]
-        synthesis_run.metrics({"images": report.synthetic_images, "seconds": seconds, "images_per_second": report.synthetic_images / seconds})
+        synthesis_run.metrics(
+            {
+                "images": report.synthetic_images,
+                "seconds": seconds,
+                "images_per_second": report.synthetic_images / seconds,
+            }
+        )
         synthesis_run.end()
         evaluation_run = run.child("evaluation")
         for method, evaluation in result.evaluations.items():
             evaluation_run.metrics({f"{method}/{k}": v for k, v in evaluation.scalars().items()})
             title = f"{method}: accuracy {evaluation.accuracy.value:.3f}"
-            evaluation_run.figure(plots.confusion_plot(evaluation.confusion, info.class_names, title), f"confusion-{method}.png")
+            evaluation_run.figure(
+                plots.confusion_plot(evaluation.confusion, info.class_names, title), f"confusion-{method}.png"
+            )
         evaluation_run.end()
         run.json(json.loads(storage.read("partition.json")), "partition.json")
         run.json([vars(card) for card in cards], "modules.json")
@@ -241,7 +269,13 @@ def _run_phases(
         examples = np.concatenate(list(result.examples.values()))
         report.model_uri = run.model(network.eval(), examples, result.probabilities)
         run.metrics(result.evaluations[METHOD].scalars())
-        run.metrics({"uploaded_bytes": report.uploaded_bytes, "synthetic_images": report.synthetic_images, "modules": report.modules})
+        run.metrics(
+            {
+                "uploaded_bytes": report.uploaded_bytes,
+                "synthetic_images": report.synthetic_images,
+                "modules": report.modules,
+            }
+        )
     run.metrics({f"seconds/{k}".replace("(", "").replace(")", ""): v for k, v in report.seconds.items()})
 
 
@@ -273,7 +307,13 @@ class _ClientRun:
 
     def finish(self, cards: list[Any], grid: Any) -> None:
         run = self.flush()
-        run.metrics({"images": sum(c.images for c in cards), "uploaded_bytes": sum(c.size for c in cards), "modules": len(cards)})
+        run.metrics(
+            {
+                "images": sum(c.images for c in cards),
+                "uploaded_bytes": sum(c.size for c in cards),
+                "modules": len(cards),
+            }
+        )
         run.json([vars(card) for card in cards], "modules.json")
         run.figure(grid, "samples.png")
         run.end()

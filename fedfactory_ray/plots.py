@@ -8,7 +8,9 @@ from matplotlib.figure import Figure
 GRID_COLUMNS = 8
 
 
-def sample_grid(synthetic: dict[int, np.ndarray], real: dict[int, np.ndarray], class_names: list[str], client: str) -> Figure:
+def sample_grid(
+    synthetic: dict[int, np.ndarray], real: dict[int, np.ndarray], class_names: list[str], client: str
+) -> Figure:
     """A row a class: images drawn from the client's modules on the left, held-out real images on the right.
 
     Images are uint8 (n, H, W, C) by class; up to GRID_COLUMNS of each are shown.

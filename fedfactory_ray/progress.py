@@ -36,7 +36,9 @@ class Bars:
         now = time.monotonic()
         if not self.console.is_terminal and now - self.printed > LINE_SECONDS:
             seconds = now - self.started
-            self.console.print(f"  {self.title}: {done}/{self.total} {self.unit} in {seconds:.0f} s {note}", highlight=False)
+            self.console.print(
+                f"  {self.title}: {done}/{self.total} {self.unit} in {seconds:.0f} s {note}", highlight=False
+            )
             self.printed = now
 
     def part(self, name: str, done: int, total: int, note: str = "") -> None:

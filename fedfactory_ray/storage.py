@@ -70,7 +70,7 @@ class Storage:
     def sha256(self, name: str) -> str:
         """SHA-256 of a file, read in pieces."""
         with self.filesystem.open_input_stream(self.path(name)) as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+            return hashlib.file_digest(stream, "sha256").hexdigest()
 
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` as JSON with sorted keys: equal values give equal bytes."""

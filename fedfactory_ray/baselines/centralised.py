@@ -25,7 +25,7 @@ def real_rows(config: Config, partition: Partition, info: DataInfo) -> Rows:
     starts = np.cumsum([0, *(len(block) for block in blocks[:-1])])
     references = [_read_block.remote(config, block, int(start)) for block, start in zip(blocks, starts, strict=True)]
     digest = hashlib.sha256(f"real\n{config.data.source}\n{info}\n{partition.sha256}".encode()).hexdigest()
-    return Rows(ray.data.from_arrow_refs(references), digest, len(indices), len(indices) * image_bytes, len(indices))
+    return Rows(ray.data.from_arrow_refs(references), digest, len(indices), len(indices))
 
 
 @ray.remote

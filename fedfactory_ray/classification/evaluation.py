@@ -5,9 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from sklearn import metrics
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 BOOTSTRAP_SAMPLES = 1000
 
@@ -63,7 +61,9 @@ def evaluate(probabilities: np.ndarray, labels: np.ndarray, seed: int = 0) -> Ev
     BOOTSTRAP_SAMPLES times (percentile bootstrap). Raises ValueError for probabilities that are not finite.
     """
     if not np.isfinite(probabilities).all():
-        raise ValueError("probabilities hold values that are not finite; the fit diverged: lower classifier.learning_rate")
+        raise ValueError(
+            "probabilities hold values that are not finite; the fit diverged: lower classifier.learning_rate"
+        )
     classes = probabilities.shape[1]
     probabilities = probabilities.astype(np.float64)
     probabilities /= probabilities.sum(1, keepdims=True)
@@ -79,14 +79,20 @@ def evaluate(probabilities: np.ndarray, labels: np.ndarray, seed: int = 0) -> Ev
         auroc=float(np.mean(aurocs)) if aurocs else float("nan"),
         macro_f1=float(metrics.f1_score(labels, predicted, average="macro", labels=present, zero_division=0)),
         nll=float(metrics.log_loss(labels, probabilities, labels=range(classes))),
-        ece=float(
-            multiclass_calibration_error(torch.from_numpy(probabilities), torch.from_numpy(labels), classes, n_bins=15)
-        ),
+        ece=calibration_error(probabilities, labels),
         recall=recall,
         confusion=confusion.tolist(),
         majority=float(confusion.sum(1).max() / confusion.sum()),
         images=len(labels),
     )
+
+
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error of the top class over equal bins of confidence (Guo et al. 2017, eq. 3)."""
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels
+    index = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = np.bincount(index, weights=right - confidence, minlength=bins)
+    return float(np.abs(gaps).sum() / len(labels))
 
 
 def _bootstrap(confusion: np.ndarray, seed: int) -> tuple[Interval, Interval]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import resnet18, resnet50
 
 
 def conv_block(inputs: int, outputs: int) -> nn.Sequential:
@@ -25,6 +24,8 @@ def small_cnn(channels: int, classes: int) -> nn.Module:
 def small_image_resnet(name: str, channels: int, classes: int, resolution: int) -> nn.Module:
     """torchvision's ResNet-18 or -50 (He et al. 2016); up to 64 pixels its stem is a 3×3 convolution without pooling,
     as the paper has it for CIFAR-10."""
+    from torchvision.models import resnet18, resnet50
+
     network = {"resnet18": resnet18, "resnet50": resnet50}[name](weights=None, num_classes=classes)
     if resolution <= 64:
         network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
@@ -35,7 +36,7 @@ def small_image_resnet(name: str, channels: int, classes: int, resolution: int) 
 
 
 def make_classifier(name: str, channels: int, classes: int, resolution: int) -> nn.Module:
-    """An untrained network from float images (n, channels, resolution, resolution) in [-1, 1] to logits (n, classes)."""
+    """An untrained network: float images (n, channels, side, side) in [-1, 1] to logits (n, classes)."""
     if name == "cnn":
         return small_cnn(channels, classes)
     return small_image_resnet(name, channels, classes, resolution)

@@ -47,7 +47,12 @@ def predict(network: torch.nn.Module, images: np.ndarray, device: torch.device) 
 
 @ray.remote(max_retries=2)
 def evaluate_on_test(
-    config: Config, task: Task, resources: WorkerResources, storage: Storage, folders: dict[str, str], examples: int
+    config: Config,
+    task: Task,
+    resources: WorkerResources,
+    storage: Storage,
+    folders: dict[str, str],
+    examples: int,
 ) -> TestResult:
     """Evaluate the classifiers in `folders` (name → folder) on the test split, with up to `examples` images a class.
 

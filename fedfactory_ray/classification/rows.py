@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -15,53 +16,53 @@ from fedfactory_ray.cluster import DATA_CPUS
 from fedfactory_ray.storage import Storage
 from fedfactory_ray.synthesis.synthesize import Shard
 
+FILES_PER_TASK = 16
 ORDER = ("index", "unit", "client", "label")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set and its facts. Columns: image (uint8 H×W×C), label, client, unit, index; `digest` names its content."""
+    """A data set. Columns: image (uint8 H×W×C), label, client, unit, index; `digest` names its content."""
 
     dataset: ray.data.Dataset
     digest: str
     images: int
-    image_bytes: int
     unit_size: int
 
-    def split(self, fraction: float) -> tuple[ray.data.Dataset, ray.data.Dataset]:
-        """Training and validation rows: of each client's images of a class, every (1/fraction)-th validates.
 
-        A row's side depends on its own place alone, so it stays when other rows come or go.
-        """
-        period, unit_size = round(1 / fraction), self.unit_size
+def validates(columns: dict[str, np.ndarray], unit_size: int, fraction: float) -> np.ndarray:
+    """Which rows validate, bool (n,): of each client's images of a class, every (1/fraction)-th.
 
-        def validates(batch: dict[str, np.ndarray]) -> np.ndarray:
-            return (batch["unit"] * unit_size + batch["index"]) % period == period - 1
+    A row's side depends on its own place alone, so it stays when other rows come or go.
+    """
+    period = round(1 / fraction)
+    return (columns["unit"] * unit_size + columns["index"]) % period == period - 1
 
-        def keep(batch: dict[str, np.ndarray], *, validation: bool) -> dict[str, np.ndarray]:
-            chosen = validates(batch) == validation
-            return {name: column[chosen] for name, column in batch.items()}
 
-        parts = (
-            self.dataset.map_batches(keep, fn_kwargs={"validation": side}, num_cpus=DATA_CPUS, batch_size=None)
-            for side in (False, True)
-        )
-        training, validation = parts
-        return training, validation
+def keep_side(
+    columns: dict[str, np.ndarray], unit_size: int, fraction: float, validation: bool
+) -> dict[str, np.ndarray]:
+    """The training or the validation rows of a batch of columns."""
+    chosen = validates(columns, unit_size, fraction) == validation
+    return {name: column[chosen] for name, column in columns.items()}
 
 
 def shard_rows(storage: Storage, manifest: list[Shard], digest: str, unit_size: int) -> Rows:
-    """Rows of the synthetic Parquet shards."""
+    """Rows of the synthetic Parquet shards, read by one task for every FILES_PER_TASK of them."""
     dataset = ray.data.read_parquet(
         [storage.path(shard.file) for shard in manifest],
         filesystem=storage.filesystem,
         columns=["image", "label", "client", "unit", "index"],
-        ray_remote_args={"num_cpus": DATA_CPUS},
+        num_cpus=DATA_CPUS,
+        override_num_blocks=math.ceil(len(manifest) / FILES_PER_TASK),
     )
-    first = dataset.schema()
-    shape = first.types[first.names.index("image")].shape
-    images = sum(shard.n for shard in manifest)
-    return Rows(dataset, digest, images, images * int(np.prod(shape)), unit_size)
+    return Rows(dataset, digest, sum(shard.n for shard in manifest), unit_size)
+
+
+def read_columns(rows: Any) -> dict[str, np.ndarray]:
+    """All rows of a worker's data set shard, as columns in memory."""
+    batches = [batch for batch in rows.iter_batches(batch_size=None, batch_format="numpy") if len(batch["label"])]
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in (*ORDER, "image")}
 
 
 class Batches(Protocol):
@@ -78,9 +79,7 @@ class Batches(Protocol):
 class HeldBatches:
     """Rows held as uint8, in an order that depends on what they are and not on how they came."""
 
-    def __init__(self, rows: Any, batch_size: int, seed: int, rank: int, world: int) -> None:
-        tables = [batch for batch in rows.iter_batches(batch_size=None, batch_format="numpy") if len(batch["label"])]
-        columns = {name: np.concatenate([table[name] for table in tables]) for name in (*ORDER, "image")}
+    def __init__(self, columns: dict[str, np.ndarray], batch_size: int, seed: int, rank: int, world: int) -> None:
         order = np.lexsort([columns[name] for name in ORDER])
         self.images = torch.from_numpy(columns["image"][order])
         self.labels = torch.from_numpy(columns["label"][order].astype(np.int64))
@@ -102,8 +101,8 @@ class HeldBatches:
 class StreamedBatches:
     """Rows read anew each epoch, for what does not fit: shuffled within a buffer of 16 batches."""
 
-    def __init__(self, rows: Any, batch_size: int, seed: int, steps: int, world: int) -> None:
-        self.rows, self.batch_size, self.seed, self.steps = rows, batch_size // world, seed, steps
+    def __init__(self, rows: Any, batch_size: int, seed: int, steps: int) -> None:
+        self.rows, self.batch_size, self.seed, self.steps = rows, batch_size, seed, steps
 
     def epoch(self, epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """See Batches; all workers take the same number of training steps."""
@@ -114,7 +113,9 @@ class StreamedBatches:
                 "local_shuffle_seed": self.seed + epoch,
                 "drop_last": True,
             }
-        for step, batch in enumerate(self.rows.iter_batches(batch_size=self.batch_size, batch_format="numpy", **shuffle)):
+        for step, batch in enumerate(
+            self.rows.iter_batches(batch_size=self.batch_size, batch_format="numpy", **shuffle)
+        ):
             if epoch is not None and step == self.steps:
                 return
             yield torch.as_tensor(batch["image"]), torch.as_tensor(batch["label"]).long()

@@ -8,7 +8,7 @@ import json
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from queue import Empty
 from typing import Any
@@ -22,8 +22,15 @@ from pyarrow import fs
 from ray.util.queue import Queue
 from torch import Tensor, nn
 
-from fedfactory_ray.classification.rows import Batches, HeldBatches, Rows, StreamedBatches
-from fedfactory_ray.cluster import Worker
+from fedfactory_ray.classification.rows import (
+    Batches,
+    HeldBatches,
+    Rows,
+    StreamedBatches,
+    keep_side,
+    read_columns,
+)
+from fedfactory_ray.cluster import DATA_CPUS, Worker
 from fedfactory_ray.config import ClassifierConfig, Config
 from fedfactory_ray.schedule import warmup_cosine
 from fedfactory_ray.seeds import derive_seed
@@ -67,13 +74,23 @@ def make_optimizer(config: ClassifierConfig, network: nn.Module) -> torch.optim.
     """The recipe's optimiser."""
     if config.optimizer == "sgd":
         return torch.optim.SGD(
-            network.parameters(), config.learning_rate, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
+            network.parameters(),
+            config.learning_rate,
+            momentum=0.9,
+            nesterov=True,
+            weight_decay=config.weight_decay,
         )
     return torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
 
 
 def fit(
-    config: Config, rows: Rows, task: Task, worker: Worker, storage: Storage, name: str, listen: Callable[[Epoch], None]
+    config: Config,
+    rows: Rows,
+    task: Task,
+    worker: Worker,
+    storage: Storage,
+    name: str,
+    listen: Callable[[Epoch], None],
 ) -> Classifier:
     """Fit the configured classifier on `rows` and keep it in storage under classifier/`name`.
 
@@ -81,21 +98,38 @@ def fit(
     a fit that broke off goes on from its last checkpoint. The best epoch by validation loss is kept.
     """
     folder = f"classifier/{name}"
-    recipe = [rows.digest, config.classifier.model_dump(mode="json"), config.resources.classifier_workers, config.seed]
+    recipe = [
+        rows.digest,
+        config.classifier.model_dump(mode="json"),
+        config.resources.classifier_workers,
+        config.seed,
+    ]
     fingerprint = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
     stored = _stored(storage, folder, fingerprint)
     if stored is not None:
         return stored
     trainer_folder = f"train-{name}-{fingerprint[:16]}"
-    training, validation = rows.split(config.classifier.validation_fraction)
-    held = rows.image_bytes <= config.classifier.in_memory_mb * 2**20
+    fraction = config.classifier.validation_fraction
+    held = rows.images * task.channels * task.resolution**2 <= config.classifier.in_memory_mb * 2**20
+    datasets = {"rows": rows.dataset}
+    if not held:
+        sides = {"train": False, "validation": True}
+        datasets = {
+            name: rows.dataset.map_batches(
+                keep_side,
+                fn_kwargs={"unit_size": rows.unit_size, "fraction": fraction, "validation": side},
+                num_cpus=DATA_CPUS,
+            )
+            for name, side in sides.items()
+        }
     queue = Queue(actor_options={"num_cpus": 0})
     settings = {
         "config": config,
         "task": task,
         "resources": worker.resources,
         "held": held,
-        "steps": rows.images * (1 - config.classifier.validation_fraction) // config.classifier.batch_size,
+        "unit_size": rows.unit_size,
+        "steps": max(1, int(rows.images * (1 - fraction)) // config.classifier.batch_size),
         "queue": queue,
     }
     trainer = ray.train.torch.TorchTrainer(
@@ -112,7 +146,7 @@ def fit(
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             failure_config=ray.train.FailureConfig(max_failures=2),
         ),
-        datasets={"train": training, "validation": validation},
+        datasets=datasets,
         dataset_config=ray.train.DataConfig(datasets_to_split=[] if held else ["train"]),
     )
     with _relay(queue, listen):
@@ -124,7 +158,9 @@ def fit(
         source_filesystem=checkpoint.filesystem,
         destination_filesystem=_ensure_folder(storage, folder),
     )
-    storage.filesystem.move(storage.path(f"{folder}/model.safetensors.tmp"), storage.path(f"{folder}/model.safetensors"))
+    storage.filesystem.move(
+        storage.path(f"{folder}/model.safetensors.tmp"), storage.path(f"{folder}/model.safetensors")
+    )
     card = {
         "fingerprint": fingerprint,
         "rows": rows.digest,
@@ -132,7 +168,7 @@ def fit(
         "epoch": state["best"]["epoch"],
         "validation_accuracy": state["best"]["validation_accuracy"],
         "history": state["history"],
-        "task": vars(task),
+        "task": asdict(task),
         "model": config.classifier.model,
     }
     storage.write_json(f"{folder}/card.json", card)
@@ -202,18 +238,12 @@ def _fit_on_worker(settings: dict[str, Any]) -> None:
     precision = resolve_precision(recipe.precision, device)
     seed = derive_seed(config.seed, "classifier")
 
-    def batches(name: str) -> Batches:
-        shard = ray.train.get_dataset_shard(name)
-        if settings["held"]:
-            return HeldBatches(shard, recipe.batch_size, seed, rank, world)
-        return StreamedBatches(shard, recipe.batch_size, seed, int(settings["steps"]), world if name == "train" else 1)
-
-    training, validation = batches("train"), batches("validation")
+    training, validation = _batches(config, settings, seed, rank, world)
     seed_process(seed)
     network = make_classifier(recipe.model, task.channels, task.classes, task.resolution).to(device)
     optimizer = make_optimizer(recipe, network)
     scaler = torch.amp.GradScaler(device.type, enabled=precision == "fp16")
-    steps = recipe.epochs * max(1, int(settings["steps"]))
+    steps = recipe.epochs * settings["steps"]
     first, step = 0, 0
     best: dict[str, Any] = {"validation_loss": float("inf")}
     best_weights: dict[str, Tensor] = {}
@@ -242,7 +272,9 @@ def _fit_on_worker(settings: dict[str, Any]) -> None:
             inputs = augment_batch(to_tensor(images, device), recipe, draw)
             with autocast(device, precision):
                 logits = model(inputs)
-            loss = nn.functional.cross_entropy(logits.float(), labels.to(device), label_smoothing=recipe.label_smoothing)
+            loss = nn.functional.cross_entropy(
+                logits.float(), labels.to(device), label_smoothing=recipe.label_smoothing
+            )
             optimizer.zero_grad()
             scaler.scale(loss).backward()
             scaler.step(optimizer)
@@ -250,7 +282,7 @@ def _fit_on_worker(settings: dict[str, Any]) -> None:
             losses.append(loss.detach())
             step += 1
         loss_sum, right, count = _validate(network, validation, device, lambda: autocast(device, precision), world)
-        report = {
+        report: dict[str, Any] = {
             "epoch": epoch + 1,
             "epochs": recipe.epochs,
             "train_loss": float(torch.stack(losses).mean()),
@@ -259,13 +291,20 @@ def _fit_on_worker(settings: dict[str, Any]) -> None:
         }
         history.append(report)
         if report["validation_loss"] <= best["validation_loss"] or not best_weights:
-            best, best_weights = report, {k: v.detach().cpu().clone() for k, v in network.state_dict().items()}
+            best, best_weights = (
+                report,
+                {k: v.detach().cpu().clone() for k, v in network.state_dict().items()},
+            )
         if rank == 0:
             settings["queue"].put(Epoch(**report))
         due = (epoch + 1) % recipe.checkpoint_every == 0 or epoch + 1 == recipe.epochs
         if due and rank == 0:
             with tempfile.TemporaryDirectory() as folder:
-                state = {"network": network.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+                state = {
+                    "network": network.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scaler": scaler.state_dict(),
+                }
                 torch.save(state, Path(folder, "state.pt"))
                 safetensors.torch.save_file(best_weights, Path(folder, "model.safetensors"))
                 progress = {"next": epoch + 1, "step": step, "best": best, "history": history}
@@ -273,6 +312,24 @@ def _fit_on_worker(settings: dict[str, Any]) -> None:
                 ray.train.report(report, checkpoint=ray.train.Checkpoint.from_directory(folder))
         else:
             ray.train.report(report)
+
+
+def _batches(config: Config, settings: dict[str, Any], seed: int, rank: int, world: int) -> tuple[Batches, Batches]:
+    """Training and validation batches of a worker: held where the data sets are not split among workers."""
+    size, unit_size, fraction = (
+        config.classifier.batch_size,
+        settings["unit_size"],
+        config.classifier.validation_fraction,
+    )
+    if settings["held"]:
+        columns = read_columns(ray.train.get_dataset_shard("rows"))
+        sides = (keep_side(columns, unit_size, fraction, validation) for validation in (False, True))
+        training, validation = (HeldBatches(side, size, seed, rank, world) for side in sides)
+        return training, validation
+    return (
+        StreamedBatches(ray.train.get_dataset_shard("train"), size // world, seed, settings["steps"]),
+        StreamedBatches(ray.train.get_dataset_shard("validation"), size, seed, settings["steps"]),
+    )
 
 
 @torch.inference_mode()
@@ -288,7 +345,11 @@ def _validate(
         with context():
             logits = network(to_tensor(images, device)).float().cpu()
         sums += torch.tensor(
-            [nn.functional.cross_entropy(logits, labels, reduction="sum"), (logits.argmax(1) == labels).sum(), len(labels)]
+            [
+                nn.functional.cross_entropy(logits, labels, reduction="sum"),
+                (logits.argmax(1) == labels).sum(),
+                len(labels),
+            ]
         )
     if world > 1:
         sums = sums.to(device)

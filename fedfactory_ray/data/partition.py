@@ -102,7 +102,9 @@ def _deal_classes(holders: list[list[int]], pool_sizes: np.ndarray, min_size: in
     smallest = int(sizes.sum(1).min())
     if smallest < min_size:
         raise PartitionError(
-            f"a client would hold {smallest} images", f"min_size={min_size}", "fewer partition.clients or a smaller partition.min_size"
+            f"a client would hold {smallest} images",
+            f"min_size={min_size}",
+            "fewer partition.clients or a smaller partition.min_size",
         )
     return sizes
 
@@ -119,12 +121,18 @@ def silos(config: PartitionConfig, pool_sizes: np.ndarray, clients: int, draw: n
     return _deal_classes([list(range(y, clients, classes)) for y in range(classes)], pool_sizes, config.min_size)
 
 
-def pathological(config: PartitionConfig, pool_sizes: np.ndarray, clients: int, draw: np.random.RandomState) -> np.ndarray:
+def pathological(
+    config: PartitionConfig, pool_sizes: np.ndarray, clients: int, draw: np.random.RandomState
+) -> np.ndarray:
     """k classes a client (McMahan et al. 2017, sec. 3), every class held by someone: client i holds the k classes
     that follow position i·k of repeated random orders of all classes."""
     classes, k = len(pool_sizes), config.classes_per_client
     if k > classes:
-        raise PartitionError(f"classes_per_client={k}", f"at most the {classes} classes there are", f"partition.classes_per_client={classes}")
+        raise PartitionError(
+            f"classes_per_client={k}",
+            f"at most the {classes} classes there are",
+            f"partition.classes_per_client={classes}",
+        )
     if clients * k < classes:
         raise PartitionError(
             f"{clients} clients of {k} classes each for {classes} classes",
@@ -143,7 +151,9 @@ def dirichlet(config: PartitionConfig, pool_sizes: np.ndarray, clients: int, dra
     client holds min_size images."""
     if clients * config.min_size > pool_sizes.sum():
         raise PartitionError(
-            f"{int(pool_sizes.sum())} images for {clients} clients", f"min_size={config.min_size} each", "fewer partition.clients"
+            f"{int(pool_sizes.sum())} images for {clients} clients",
+            f"min_size={config.min_size} each",
+            "fewer partition.clients",
         )
     for _ in range(1000):
         proportions = draw.dirichlet(np.full(clients, config.alpha), size=len(pool_sizes))
@@ -163,12 +173,24 @@ def skew(config: PartitionConfig, pool_sizes: np.ndarray, clients: int, draw: np
     """The explicit counts of the configuration; images beyond them stay unused."""
     sizes = np.array(config.counts, dtype=np.int64)
     if sizes.shape[1] != len(pool_sizes):
-        raise PartitionError(f"counts with {sizes.shape[1]} columns", f"{len(pool_sizes)}, one a class", "a column for every class")
+        raise PartitionError(
+            f"counts with {sizes.shape[1]} columns",
+            f"{len(pool_sizes)}, one a class",
+            "a column for every class",
+        )
     wanted = sizes.sum(0)
     for y in np.flatnonzero(wanted > pool_sizes):
-        raise PartitionError(f"counts ask for {wanted[y]} images of class {y}", f"at most the {pool_sizes[y]} there are", "smaller counts")
+        raise PartitionError(
+            f"counts ask for {wanted[y]} images of class {y}",
+            f"at most the {pool_sizes[y]} there are",
+            "smaller counts",
+        )
     if sizes.sum(1).min() < config.min_size:
-        raise PartitionError(f"a client with {sizes.sum(1).min()} images", f"min_size={config.min_size}", "a smaller partition.min_size")
+        raise PartitionError(
+            f"a client with {sizes.sum(1).min()} images",
+            f"min_size={config.min_size}",
+            "a smaller partition.min_size",
+        )
     return sizes
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -52,11 +51,6 @@ class DataInfo:
         return len(self.class_names)
 
 
-def data_root(config: DataConfig) -> Path:
-    """Folder of downloaded files."""
-    return Path(config.root or os.environ.get("FEDFACTORY_DATA") or "~/.medmnist").expanduser()
-
-
 def open_source(config: DataConfig) -> Source:
     """The source that `config` names. Raises DataMissingError or DataInvalidError."""
     if config.source == "digits":
@@ -66,6 +60,8 @@ def open_source(config: DataConfig) -> Source:
     if config.source.startswith("medmnist:"):
         return ArrayFile(_medmnist_file(config), config.resolution, _medmnist_class_names(config))
     path = Path(config.source).expanduser()
+    if not path.exists():
+        raise DataMissingError(path.absolute(), None, f"data.source={config.source}")
     return ImageFolder(path, config.resolution) if path.is_dir() else ArrayFile(path, config.resolution)
 
 
@@ -74,13 +70,16 @@ def inspect(source: Source) -> tuple[DataInfo, np.ndarray]:
 
     Raises DataInvalidError for labels outside the range, classes without training images, and odd shapes.
     """
-    classes, counts = len(source.class_names), {}
+    classes = len(source.class_names)
+    counts: dict[str, list[int]] = {}
     splits: tuple[Split, ...] = ("train", "val", "test")
     for split in splits:
         labels = source.labels(split)
         if labels.size and (labels.min() < 0 or labels.max() >= classes):
             raise DataInvalidError(
-                source.path, f"{split} labels from {labels.min()} to {labels.max()}", f"labels from 0 to {classes - 1}"
+                source.path,
+                f"{split} labels from {labels.min()} to {labels.max()}",
+                f"labels from 0 to {classes - 1}",
             )
         counts[split] = np.bincount(labels, minlength=classes).tolist()
     for split in ("train", "test"):
@@ -121,8 +120,11 @@ class Digits:
             edges = [round(0.6 * len(order)), round(0.7 * len(order))]
             for part, indices in zip(parts.values(), np.split(order, edges), strict=True):
                 part.append(indices)
-        return {"train": np.sort(np.concatenate(parts["train"])), "val": np.sort(np.concatenate(parts["val"])),
-                "test": np.sort(np.concatenate(parts["test"]))}
+        return {
+            "train": np.sort(np.concatenate(parts["train"])),
+            "val": np.sort(np.concatenate(parts["val"])),
+            "test": np.sort(np.concatenate(parts["test"])),
+        }
 
     def labels(self, split: Split) -> np.ndarray:
         """See Source."""
@@ -150,10 +152,14 @@ class ArrayFile:
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{key}.npy") as member:
                 version = np.lib.format.read_magic(member)
-                header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                header = (
+                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                )
                 shape, fortran, dtype = header(member)
                 if fortran or dtype.hasobject:
-                    raise DataInvalidError(self.path, f"{key} as {dtype} objects or in Fortran order", "a plain C-ordered array")
+                    raise DataInvalidError(
+                        self.path, f"{key} as {dtype} objects or in Fortran order", "a plain C-ordered array"
+                    )
                 row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
                 if indices is None:
                     indices = np.arange(shape[0])
@@ -172,7 +178,9 @@ class ArrayFile:
         except KeyError:
             if key.startswith("val_"):
                 return np.empty((0,), np.uint8)
-            raise DataInvalidError(self.path, f"no array {key!r}", "train_images, train_labels, test_images, test_labels") from None
+            raise DataInvalidError(
+                self.path, f"no array {key!r}", "train_images, train_labels, test_images, test_labels"
+            ) from None
         except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
             raise DataInvalidError(self.path, f"a corrupt file ({key}: {error})", "an intact .npz file") from error
 
@@ -198,7 +206,9 @@ class ArrayFile:
                 continue
             images = self._read(f"{split}_images", np.array([0, n - 1]) if n else None)
             if images.dtype != np.uint8 or images.ndim not in (3, 4):
-                raise DataInvalidError(self.path, f"{split}_images {images.dtype} {images.shape}", "uint8 (n, H, W[, C])")
+                raise DataInvalidError(
+                    self.path, f"{split}_images {images.dtype} {images.shape}", "uint8 (n, H, W[, C])"
+                )
             shapes.add((*images.shape[1:3], images.shape[3] if images.ndim == 4 else 1))
         if len(shapes) != 1:
             raise DataInvalidError(self.path, f"images of mixed shapes {sorted(shapes)}", "one shape in all splits")
@@ -214,7 +224,7 @@ class Cifar10:
     def __init__(self, config: DataConfig) -> None:
         from torchvision.datasets import CIFAR10
 
-        self.resolution, root = config.resolution, data_root(config)
+        self.resolution, root = config.resolution, Path(config.root).expanduser()
         self.path = str(root / CIFAR10.filename)
         self._sets = {}
         for split in ("train", "test"):
@@ -259,7 +269,9 @@ class ImageFolder:
             if folder.is_dir():
                 strangers = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in index)
                 if strangers:
-                    raise DataInvalidError(folder, f"folders {strangers}", f"only the classes of train: {self.class_names}")
+                    raise DataInvalidError(
+                        folder, f"folders {strangers}", f"only the classes of train: {self.class_names}"
+                    )
                 found += make_dataset(str(folder), index, extensions=IMG_EXTENSIONS, allow_empty=True)
         return files
 
@@ -279,7 +291,11 @@ class ImageFolder:
                     modes.add("L" if image.mode in ("1", "L", "I;16") else "RGB")
                     shapes.add(image.size)
         if self.resolution is None and len(shapes) > 1:
-            raise DataInvalidError(self.path, f"images of mixed shapes {sorted(shapes)[:4]}", "one shape, or data.resolution to resize them")
+            raise DataInvalidError(
+                self.path,
+                f"images of mixed shapes {sorted(shapes)[:4]}",
+                "one shape, or data.resolution to resize them",
+            )
         return modes.pop() if len(modes) == 1 else "RGB"
 
     def labels(self, split: Split) -> np.ndarray:
@@ -322,7 +338,7 @@ def _medmnist_file(config: DataConfig) -> Path:
 
     flag = config.source.partition(":")[2]
     suffix = "" if config.size == 28 else f"_{config.size}"
-    info, path = INFO[flag], data_root(config) / f"{flag}{suffix}.npz"
+    info, path = INFO[flag], Path(config.root).expanduser() / f"{flag}{suffix}.npz"
     url, checksum = info[f"url{suffix}"], info[f"MD5{suffix}"]
     if config.download and not path.exists():
         try:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
-import torch
 from PIL import Image
-from torchvision.transforms import v2
+
+if TYPE_CHECKING:  # torch takes seconds to import, and reading data does not need it
+    import torch
 
 
 def resize(image: Image.Image, resolution: int) -> Image.Image:
     """Resize the shorter side to `resolution` pixels (antialiased bicubic), then crop the centre square."""
+    from torchvision.transforms import v2
+
     spec = v2.Compose([v2.Resize(resolution, v2.InterpolationMode.BICUBIC), v2.CenterCrop(resolution)])
     return spec(image)
 
@@ -20,17 +25,20 @@ def resize_batch(images: np.ndarray, resolution: int | None) -> np.ndarray:
         return images
     resized = np.empty((len(images), resolution, resolution, images.shape[3]), np.uint8)
     for row, image in zip(resized, images, strict=True):
-        row[:] = np.atleast_3d(np.asarray(resize(Image.fromarray(image.squeeze(-1) if image.shape[2] == 1 else image), resolution)))
+        picture = Image.fromarray(image.squeeze(-1) if image.shape[2] == 1 else image)
+        row[:] = np.atleast_3d(np.asarray(resize(picture, resolution)))
     return resized
 
 
 def to_tensor(images: np.ndarray | torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
     """uint8 images (n, H, W, C) as float32 (n, C, H, W) in [-1, 1] on `device`."""
+    import torch
+
     pixels = torch.as_tensor(images).to(device)
     return pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1.0).contiguous()
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """Float images (n, C, H, W) in [-1, 1] as uint8 (n, H, W, C); values beyond the range are clipped."""
-    pixels = images.clamp(-1, 1).add(1.0).mul(127.5).round().to(torch.uint8)
+    pixels = images.clamp(-1, 1).add(1.0).mul(127.5).round().byte()
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()

@@ -10,7 +10,7 @@ import numpy as np
 import ray
 
 from fedfactory_ray.config import Config, WorkerResources
-from fedfactory_ray.generation.module import ModuleCard
+from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.storage import Storage
 
@@ -53,10 +53,10 @@ class ClientActor:
         A stream of Progress; and for each module an Upload followed by its weights as bytes. Each module is also
         written to storage, the card last, so that it outlives this process.
         """
+        import torch
+
         from fedfactory_ray.generation import module
         from fedfactory_ray.generation.training import TrainingStep, resolve_precision, train_denoiser
-
-        import torch
 
         for label, indices in share.items():
             began, last = time.monotonic(), None

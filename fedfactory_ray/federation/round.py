@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import ray
 from ray.exceptions import ActorDiedError, ActorUnavailableError
@@ -14,7 +14,7 @@ from fedfactory_ray.cluster import Worker
 from fedfactory_ray.config import Config
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.federation.client import ClientActor, Progress, Upload
-from fedfactory_ray.generation.module import ModuleCard
+from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.storage import Storage
 
 ATTEMPTS = 3
@@ -57,7 +57,7 @@ def run_round(
             todo.setdefault(client, {})[label] = indices
     work = {c: sum(config.generator.steps(len(i)) for i in share.values()) for c, share in todo.items()}
     waiting = deque(sorted(todo, key=lambda client: (-work[client], client)))
-    options = ClientActor.options(num_cpus=worker.num_cpus, num_gpus=worker.num_gpus)
+    options = cast(Any, ClientActor).options(num_cpus=worker.num_cpus, num_gpus=worker.num_gpus)
     start = lambda: options.remote(config, worker.resources, storage)  # noqa: E731
     idle = [start() for _ in range(min(worker.slots, len(waiting)))]
     running: dict[Any, tuple[str, Any]] = {}

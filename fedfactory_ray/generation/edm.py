@@ -50,7 +50,7 @@ class Residual(nn.Module):
 
 
 class CleanImage(nn.Module):
-    """The network predicts the clean image itself (Li and He 2025, "Back to basics"), with EDM's loss weight, capped."""
+    """The network predicts the clean image (Li and He 2025, "Back to basics"), with EDM's loss weight, capped."""
 
     def skip(self, x: Tensor, sigma: Tensor) -> Tensor:
         """Nothing: the network alone makes the image."""
@@ -97,7 +97,7 @@ class Gaussian(nn.Module):
         rest = flat.square().sum() / len(flat) - variances.sum()
         self.basis[:rank] = directions[:, :rank].T
         self.floor.copy_((rest / max(pixels - rank, 1)).clamp(min=1e-5))
-        # Unused components of small classes take the floor's variance, which leaves their zero directions without effect.
+        # Components that a small class lacks are zero directions with the floor's variance: without effect.
         self.variances.copy_(self.floor.expand(k))
         self.variances[:rank] = variances
 

@@ -1,11 +1,8 @@
-"""A module: what a client uploads for one class, as safetensors (weights) and JSON (provenance)."""
+"""A module's weights: packed as safetensors, verified before they are used."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import asdict, dataclass
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -14,42 +11,8 @@ from torch import Tensor
 
 from fedfactory_ray.config import GeneratorConfig
 from fedfactory_ray.errors import ModuleRefusedError
+from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.generation.unet import Denoiser
-
-
-@dataclass(frozen=True)
-class ModuleCard:
-    """Provenance of a module: everything about it but its weights."""
-
-    client: str
-    label: int
-    images: int
-    channels: int
-    resolution: int
-    steps: int
-    precision: str
-    generator: dict[str, Any]
-    sha256: str
-    size: int
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """Client and class."""
-        return self.client, self.label
-
-    @property
-    def folder(self) -> str:
-        """Where the module lies in a run's storage."""
-        return f"modules/{self.client}/class-{self.label:03d}"
-
-    def to_json(self) -> bytes:
-        """The card as JSON."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True).encode()
-
-    @classmethod
-    def from_json(cls, text: bytes) -> ModuleCard:
-        """Inverse of `to_json`."""
-        return cls(**json.loads(text))
 
 
 def pack(denoiser: Denoiser, *, half: bool) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ def heun(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
 
     `x` is pure noise (n, C, H, W) of deviation sigmas[0]; returns images (n, C, H, W).
     """
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, following in pairwise(sigmas):
         slope = (x - denoise(x, sigma)) / sigma
         euler = x + (following - sigma) * slope
         if following > 0:
@@ -34,7 +35,7 @@ def heun(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
 def dpmpp(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
     """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2) in sigma: len(sigmas) - 1 evaluations. Shapes as in `heun`."""
     previous, previous_step = None, None
-    for sigma, following in zip(sigmas[:-1], sigmas[1:], strict=True):
+    for sigma, following in pairwise(sigmas):
         clean = denoise(x, sigma)
         if following == 0:
             return clean

@@ -21,7 +21,13 @@ def image_noise(seed: int, index: int, shape: tuple[int, int, int]) -> Tensor:
 
 @torch.inference_mode()
 def draw_images(
-    denoiser: Denoiser, config: SamplerConfig, n: int, batch_size: int, seed: int, device: torch.device, precision: str
+    denoiser: Denoiser,
+    config: SamplerConfig,
+    n: int,
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    precision: str,
 ) -> np.ndarray:
     """Draw `n` images, uint8 (n, H, W, C).
 

@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from accelerate import Accelerator
@@ -39,7 +40,9 @@ def make_accelerator(device: torch.device, precision: str) -> Accelerator:
         os.environ.pop(name, None)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision=ACCELERATE_PRECISION[precision])
     if accelerator.num_processes != 1 or accelerator.device.type != device.type:
-        raise RuntimeError(f"Accelerate chose {accelerator.num_processes} processes on {accelerator.device}, needed one on {device}")
+        raise RuntimeError(
+            f"Accelerate chose {accelerator.num_processes} processes on {accelerator.device}, needed one on {device}"
+        )
     return accelerator
 
 
@@ -104,5 +107,4 @@ def train_denoiser(
                 raise FloatingPointError(f"loss {mean} at step {step + 1} of {steps}: lower generator.learning_rate")
             yield TrainingStep(step + 1, steps, mean)
             losses, reported = [], time.monotonic()
-    result: Denoiser = average.module
-    yield result.eval()
+    yield cast(Denoiser, average.module).eval()

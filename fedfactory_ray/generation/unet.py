@@ -46,12 +46,11 @@ class Denoiser(nn.Module):
         nn.init.zeros_(self.unet.conv_out.weight)
         nn.init.zeros_(self.unet.conv_out.bias)
         pixels = channels * resolution**2
-        kinds = {"residual": Residual, "image": CleanImage}
-        self.preconditioner: Residual | CleanImage | Gaussian = (
-            Gaussian(pixels, min(config.components, pixels))
-            if config.prediction == "gaussian"
-            else kinds[config.prediction]()
-        )
+        self.preconditioner: Residual | CleanImage | Gaussian
+        if config.prediction == "gaussian":
+            self.preconditioner = Gaussian(pixels, min(config.components, pixels))
+        else:
+            self.preconditioner = Residual() if config.prediction == "residual" else CleanImage()
         self.register_buffer("mean", torch.zeros(channels, resolution, resolution))
         self.register_buffer("scale", torch.ones(()))
         self.mean: Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fedfactory_ray.generation.module import ModuleCard
+from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.seeds import derive_seed
 
 

@@ -16,9 +16,11 @@ from fedfactory_ray.config import Config, WorkerResources
 from fedfactory_ray.federation.round import ModuleHandle
 from fedfactory_ray.storage import Storage
 from fedfactory_ray.synthesis.plan import Unit, make_units
+from fedfactory_ray.synthesis.shard import verified_digest
 
 MANIFEST = "synthetic/manifest.json"
 KEPT_MODULES = 2
+VERIFIED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,11 @@ class Synthesizer:
     """An actor that draws units; it keeps the network once and the weights of the few modules used last."""
 
     def __init__(
-        self, config: Config, resources: WorkerResources, storage: Storage, modules: dict[tuple[str, int], ModuleHandle]
+        self,
+        config: Config,
+        resources: WorkerResources,
+        storage: Storage,
+        modules: dict[tuple[str, int], ModuleHandle],
     ) -> None:
         from fedfactory_ray.devices import prepare_process
 
@@ -66,29 +72,43 @@ class Synthesizer:
         return self.kept[key]
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Draw and write the batch's units, where their files are not there already; returns digests of their rows."""
+        """Draw and write the batch's units; returns the digests of their rows."""
         from fedfactory_ray.devices import resolve_precision
         from fedfactory_ray.generation.sampling import draw_images
-        from fedfactory_ray.synthesis.shard import verified_digest, write_shard
+        from fedfactory_ray.synthesis.shard import write_shard
 
         digests = []
         precision = resolve_precision(self.config.generator.precision, self.device)
         for row in zip(*(batch[name].tolist() for name in Unit.__dataclass_fields__), strict=True):
             unit = Unit(*row)
-            digest = verified_digest(self.storage, unit)
-            if digest is None:
-                images = draw_images(
-                    self.denoiser((unit.client, unit.label)),
-                    self.config.sampler,
-                    unit.n,
-                    self.config.synthesis.batch_size,
-                    unit.seed,
-                    self.device,
-                    precision,
-                )
-                digest = write_shard(self.storage, unit, images)
-            digests.append(digest)
+            images = draw_images(
+                self.denoiser((unit.client, unit.label)),
+                self.config.sampler,
+                unit.n,
+                self.config.synthesis.batch_size,
+                unit.seed,
+                self.device,
+                precision,
+            )
+            digests.append(write_shard(self.storage, unit, images))
         return batch | {"rows_sha256": np.array(digests)}
+
+
+@ray.remote
+def _verify(storage: Storage, units: list[Unit]) -> dict[str, str]:
+    digests = {unit.file: verified_digest(storage, unit) for unit in units}
+    return {file: digest for file, digest in digests.items() if digest is not None}
+
+
+def stored_units(storage: Storage, units: list[Unit]) -> dict[str, str]:
+    """Digests by file of the units that an earlier start of the run drew and that verify."""
+    there = set(storage.names("synthetic"))
+    candidates = [unit for unit in units if unit.file in there]
+    chunks = [candidates[start : start + VERIFIED_AT_ONCE] for start in range(0, len(candidates), VERIFIED_AT_ONCE)]
+    found: dict[str, str] = {}
+    for digests in ray.get([_verify.remote(storage, chunk) for chunk in chunks]):
+        found |= digests
+    return found
 
 
 def synthesize(
@@ -103,24 +123,29 @@ def synthesize(
     `listen` is told images drawn and images in all. The manifest's order is the plan's, whatever order units end in.
     """
     units = make_units(
-        (handle.card for handle in modules.values()), config.synthesis.images_per_class, config.synthesis.unit_size, config.seed
+        (handle.card for handle in modules.values()),
+        config.synthesis.images_per_class,
+        config.synthesis.unit_size,
+        config.seed,
     )
-    total, drawn = sum(unit.n for unit in units), 0
-    digests: dict[str, str] = {}
-    actors = min(worker.slots, len(units))
-    drawing = ray.data.from_items([asdict(unit) for unit in units], override_num_blocks=len(units)).map_batches(
-        Synthesizer,
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        num_cpus=worker.num_cpus,
-        num_gpus=worker.num_gpus,
-        fn_constructor_args=(config, worker.resources, storage, modules),
-    )
-    for row in drawing.iter_rows():
-        unit = Unit(**{name: row[name] for name in Unit.__dataclass_fields__})
-        digests[unit.file] = row["rows_sha256"]
-        drawn += unit.n
-        listen(drawn, total)
+    total = sum(unit.n for unit in units)
+    digests = stored_units(storage, units)
+    drawn = sum(unit.n for unit in units if unit.file in digests)
+    missing = [asdict(unit) for unit in units if unit.file not in digests]
+    if missing:
+        drawing = ray.data.from_items(missing, override_num_blocks=len(missing)).map_batches(
+            Synthesizer,
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(worker.slots, len(missing))),
+            num_cpus=worker.num_cpus,
+            num_gpus=worker.num_gpus,
+            fn_constructor_args=(config, worker.resources, storage, modules),
+        )
+        for row in drawing.iter_rows():
+            unit = Unit(**{name: row[name] for name in Unit.__dataclass_fields__})
+            digests[unit.file] = row["rows_sha256"]
+            drawn += unit.n
+            listen(drawn, total)
     manifest = [
         Shard(unit.file, unit.client, unit.label, unit.index, unit.n, unit.module_sha256, digests[unit.file])
         for unit in units
