@@ -16,22 +16,21 @@ DATA_CPUS = 0.5
 """CPUs of a Ray Data task that reads Parquet while the classifier is fitted."""
 
 
-def connect() -> None:
-    """Join the running cluster (a submitted job, RAY_ADDRESS) or start Ray on this machine, without a flood of logs."""
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    os.environ.setdefault("RAY_TRAIN_METRICS_ENABLED", "0")
-    if not ray.is_initialized():
-        ray.init(
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            include_dashboard=None if in_cluster() else False,
-        )
+def connect(num_cpus: int | None = None) -> None:
+    """Join the running cluster (a submitted job, RAY_ADDRESS) or start Ray on this machine, without a flood of logs.
+
+    `num_cpus` is for a Ray that is started here; by default it has the machine's.
+    """
+    if ray.is_initialized():
+        pass
+    elif os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        # Ray's C++ side writes harmless errors into the terminal, and on few cores warns of many processes.
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
+        ray.init(num_cpus=num_cpus, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     quiet()
-
-
-def in_cluster() -> bool:
-    """Whether RAY_ADDRESS names a cluster, as it does in a submitted job."""
-    return bool(os.environ.get("RAY_ADDRESS"))
 
 
 def quiet() -> None:

@@ -99,10 +99,7 @@ class Run:
 def start_run(config: Config, name: str) -> Run:
     """Start the parent run of a job and log every setting."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    import logging
-
-    for noisy in ("mlflow", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     import mlflow
 
     mlflow.set_tracking_uri(tracking_uri(config))

@@ -1,0 +1,51 @@
+"""Shared fixtures: small data, small configurations, one local Ray cluster for all tests."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+SHARED_DATA = Path(os.environ.get("FEDFACTORY_DATA", Path(__file__).parents[2] / "shared" / "data"))
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real MedMNIST files."""
+    if not (SHARED_DATA / "retinamnist.npz").exists():
+        pytest.skip(f"no real images in {SHARED_DATA}: set FEDFACTORY_DATA to a folder with retinamnist.npz")
+    return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A local Ray of two CPUs."""
+    import ray
+
+    from fedfactory_ray.cluster import connect
+
+    os.environ.pop("RAY_ADDRESS", None)
+    connect(num_cpus=2)
+    yield
+    ray.shutdown()
+
+
+def write_npz(
+    path: Path, *, classes: int = 3, n: int = 40, side: int = 8, channels: int = 1, **changes: np.ndarray
+) -> Path:
+    """A small file in MedMNIST's layout: class y is a bright stripe at row 2y + 1 on noise."""
+    draw = np.random.RandomState(0)
+    arrays: dict[str, np.ndarray] = {}
+    for split, size in (("train", n), ("val", n // 2), ("test", n // 2)):
+        labels = np.arange(size * classes) % classes
+        images = draw.randint(0, 60, (len(labels), side, side, channels))
+        images[np.arange(len(labels)), (2 * labels + 1) % side] += 150
+        arrays[f"{split}_images"] = images.astype(np.uint8)
+        arrays[f"{split}_labels"] = labels[:, None].astype(np.uint8)
+    np.savez_compressed(path, **(arrays | changes))
+    return path

@@ -1,0 +1,98 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedfactory_ray.config import Config, flatten, make_config
+from fedfactory_ray.errors import ConfigError
+from fedfactory_ray.presets import PRESETS
+
+RUN = Path(__file__).parents[1] / "jobs" / "run.py"
+
+
+def test_preset_file_and_overrides_combine_in_this_order(tmp_path: Path) -> None:
+    file = tmp_path / "mine.yaml"
+    file.write_text("generator:\n  batch_size: 16\n  learning_rate: 0.5\nseed: 3\n")
+    config = make_config("bloodmnist-cpu", str(file), ["--generator.learning_rate", "0.25", "--partition.alpha=2"])
+    assert config.data.source == "medmnist:bloodmnist"  # from the preset
+    assert (config.generator.batch_size, config.seed) == (16, 3)  # from the file
+    assert (config.generator.learning_rate, config.partition.alpha) == (0.25, 2.0)  # from the command line
+
+
+def test_a_config_is_immutable() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Config().generator.batch_size = 1  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["--generator.epochs", "many"], "generator.epochs: .*number.*found 'many'"),
+        (["--generator.channels", "12,20"], "channels .* multiple of norm_groups"),
+        (["--data.source", "medmnist:chestmnist"], "needed medmnist:<flag> with a flag of"),
+        (["--data.resolution", "9"], "resolution 9 .* needs a multiple of 2"),
+        (["--synthesis.unit_size", "300"], "unit_size=300 needs to be a multiple of batch_size"),
+        (["--partition.scheme", "skew"], "`counts` goes with `skew`"),
+        (["--classifier.batch_size", "63", "--resources.classifier_workers", "2"], "multiple of resources.classifier"),
+        (["--name", "../elsewhere"], "name"),
+    ],
+)
+def test_impossible_settings_are_refused_with_the_reason(overrides: list[str], expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        make_config(overrides=overrides)
+
+
+def test_all_problems_of_a_file_are_told_at_once(tmp_path: Path) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text("generatr: {}\ngenerator: {epochs: -1, depth: 3}\n")
+    with pytest.raises(ConfigError) as refusal:
+        make_config(file=str(file))
+    for part in ("generatr: unknown setting", "generator.depth: unknown setting", "generator.epochs", "found -1"):
+        assert part in str(refusal.value)
+
+
+def test_unknown_preset_is_refused() -> None:
+    with pytest.raises(ConfigError, match="choose one of digits"):
+        make_config("digts")
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_valid_and_survive_yaml(preset: str, tmp_path: Path) -> None:
+    config = make_config(preset)
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert make_config("digits", str(file)) == config
+
+
+def test_results_do_not_depend_on_where_a_run_is_kept() -> None:
+    here, there = Config(), make_config(overrides=["--storage.uri", "s3://bucket", "--resources.client.num_cpus", "4"])
+    assert here.determining() == there.determining()
+    assert here.determining() != make_config(overrides=["--seed", "1"]).determining()
+
+
+def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(RUN), *arguments], capture_output=True, text=True, timeout=120)
+
+
+def test_help_explains_every_setting() -> None:
+    text = run_job("--help").stdout
+    missing = [name for name in flatten(Config().model_dump()) if f"--{name}" not in text]
+    assert not missing
+    assert "Concentration of `dirichlet`" in text.replace("\n", " ")
+    assert all(name in text for name in PRESETS)
+
+
+def test_print_config_shows_the_resolved_tree() -> None:
+    result = run_job("--preset", "cifar10", "--print-config", "--seed", "7")
+    assert result.returncode == 0
+    tree = yaml.safe_load(result.stdout)
+    assert (tree["seed"], tree["data"]["source"], tree["classifier"]["model"]) == (7, "cifar10", "resnet50")
+
+
+def test_unknown_option_is_refused_before_anything_starts() -> None:
+    result = run_job("--generator.depth", "3")
+    assert result.returncode == 2
+    assert "generator.depth" in result.stderr
+    assert "Traceback" not in result.stderr
