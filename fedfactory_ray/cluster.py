@@ -12,8 +12,8 @@ import ray
 from fedfactory_ray.config import ResourcesConfig, WorkerResources
 from fedfactory_ray.errors import ResourcesError
 
-DATA_CPUS = 0.5
-"""CPUs of a Ray Data task that reads Parquet while the classifier is fitted."""
+DATA_CPUS = 1.0
+"""CPUs that Ray Data needs beside the classifier's workers: its tasks ask for one, and with less they wait for ever."""
 
 
 def connect(num_cpus: int | None = None) -> None:
@@ -48,12 +48,13 @@ class Worker:
 
     num_cpus: float
     num_gpus: float
+    threads: int
     slots: int
 
     @property
     def resources(self) -> WorkerResources:
         """The same, as configuration for the process itself."""
-        return WorkerResources(num_cpus=self.num_cpus, num_gpus=self.num_gpus)
+        return WorkerResources(num_cpus=self.num_cpus, num_gpus=self.num_gpus, threads=self.threads)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def make_plan(config: ResourcesConfig, nodes: list[Mapping[str, float]] | None =
                 + (", or resources.classifier_workers" if needed > 1 else "")
                 + ", or larger nodes",
             )
-        return Worker(wanted.num_cpus, num_gpus, min(fits, config.max_actors or fits))
+        return Worker(wanted.num_cpus, num_gpus, wanted.threads, min(fits, config.max_actors or fits))
 
     plan = Plan(
         resolve("client", config.client),

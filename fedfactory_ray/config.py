@@ -228,15 +228,19 @@ class ClassifierConfig(Section):
     """Largest random zoom, in or out."""
     rotate: float = Field(10.0, ge=0, le=180)
     """Largest random rotation, in degrees."""
-    colour: float = Field(0.0, ge=0, le=1)
-    """Largest random change of brightness and contrast, and half of it for each channel."""
+    contrast: float = Field(0.0, ge=0, le=1)
+    """Largest random change of contrast, as a share."""
+    tint: float = Field(0.0, ge=0, le=1)
+    """Largest random shift of each colour channel (images lie in [-1, 1])."""
+    blur: float = Field(0.0, ge=0, le=1)
+    """Largest random weight of the 3×3 mean."""
     noise: float = Field(0.0, ge=0, le=1)
-    """Largest random blur weight and noise deviation (images lie in [-1, 1])."""
+    """Largest random deviation of added noise (images lie in [-1, 1])."""
     validation_fraction: float = Field(0.1, gt=0, le=0.5)
     """Share of the synthetic images held back to choose the epoch."""
     checkpoint_every: int = Field(5, ge=1)
     """Epochs between checkpoints, from which a broken fit goes on."""
-    in_memory_mb: int = Field(4096, ge=1)
+    in_memory_mb: int = Field(4096, ge=0)
     """A training set up to this size is held in each worker as uint8; a larger one is streamed."""
     precision: Precision = "auto"
     """Arithmetic of training; auto: bf16 on GPUs that have it, else fp32."""
@@ -246,7 +250,9 @@ class WorkerResources(Section):
     """What one actor or worker asks of Ray."""
 
     num_cpus: float = Field(1.0, gt=0)
-    """CPUs; also the number of torch threads, rounded up."""
+    """CPUs that Ray sets aside."""
+    threads: int = Field(1, ge=1)
+    """Torch threads; results may depend on it."""
     num_gpus: float | None = Field(None, ge=0)
     """GPUs, a fraction to share one; default: 1 where the cluster has GPUs, else 0."""
 
@@ -258,7 +264,7 @@ class ResourcesConfig(Section):
     """A client's actor."""
     synthesis: WorkerResources = WorkerResources()
     """A synthesis actor."""
-    classifier: WorkerResources = WorkerResources(num_cpus=1.5)
+    classifier: WorkerResources = WorkerResources(threads=2)
     """A Ray Train worker."""
     classifier_workers: int = Field(1, ge=1)
     """Number of Ray Train workers; part of what determines the classifier."""
@@ -340,7 +346,8 @@ class Config(BaseSettings):
         """The settings that determine the results, as JSON values: all but where things run and are kept."""
         tree = self.model_dump(mode="json", exclude={"name", "storage", "tracking", "resources", "baselines"})
         del tree["data"]["root"], tree["data"]["download"]
-        tree["resources"] = {"classifier_workers": self.resources.classifier_workers}
+        threads = {name: getattr(self.resources, name).threads for name in ("client", "synthesis", "classifier")}
+        tree["resources"] = {"classifier_workers": self.resources.classifier_workers, "threads": threads}
         return tree
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import random
 
@@ -12,20 +11,20 @@ import torch
 from fedfactory_ray.config import Precision, WorkerResources
 
 
-def prepare_process(resources: WorkerResources, num_gpus: float) -> torch.device:
-    """Choose the device that Ray assigned to this process and fix everything that could vary.
+def assigned_device(gpu_ids: list[int] | list[str]) -> torch.device:
+    """The device of an actor or task, given `ray.get_gpu_ids()`: its first GPU, or the CPU where Ray assigned none,
+    even if the process could see a GPU. Ray narrows CUDA_VISIBLE_DEVICES to the assigned ones."""
+    return torch.device("cuda", 0) if gpu_ids else torch.device("cpu")
 
-    A process without assigned GPUs computes on the CPU, even where it could see a GPU. Torch uses `num_cpus` threads,
-    rounded up.
-    """
+
+def prepare_process(resources: WorkerResources, device: torch.device) -> torch.device:
+    """Fix what could vary in a process that computes on `device`, with the configured torch threads."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(math.ceil(resources.num_cpus))
+    torch.set_num_threads(resources.threads)
     torch.backends.cudnn.benchmark = False
     torch.use_deterministic_algorithms(True, warn_only=True)
-    if num_gpus == 0:
-        return torch.device("cpu")
-    device = torch.device("cuda", 0)  # Ray narrows CUDA_VISIBLE_DEVICES to the assigned ones
-    torch.cuda.set_device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     return device
 
 

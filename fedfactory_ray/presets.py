@@ -69,20 +69,23 @@ SMALL_GENERATOR = {
     "channels": (32, 64),
     "patch": 2,
     "prediction": "image",
-    "epochs": 45.0,
-    "min_steps": 400,
+    "epochs": 90.0,
+    "min_steps": 600,
     "max_steps": 2400,
     "batch_size": 32,
     "learning_rate": 1e-3,
     "ema_decay": 0.998,
 }
 SMALL_CLASSIFIER = {
+    "epochs": 15,
     "flips": "dihedral",
     "shift": 0.12,
     "scale": 0.15,
     "rotate": 0.0,
-    "colour": 0.35,
-    "noise": 0.5,
+    "contrast": 0.3,
+    "tint": 0.2,
+    "blur": 0.7,
+    "noise": 0.35,
 }
 
 
@@ -92,6 +95,7 @@ def _small(source: str, **changes: dict[str, Any]) -> dict[str, Any]:
         "data": {"source": source},
         "generator": SMALL_GENERATOR,
         "sampler": {"evaluations": 12, "sigma_max": 20.0},
+        "synthesis": {"images_per_class": 1000},
         "classifier": SMALL_CLASSIFIER,
     }
     return {name: values | changes.get(name, {}) for name, values in sections.items()}

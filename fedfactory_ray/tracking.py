@@ -27,12 +27,17 @@ class Run:
 
     def __init__(self, client: Any, experiment_id: str, run_id: str) -> None:
         self.client, self.experiment_id, self.id = client, experiment_id, run_id
+        self.parent: Run | None = None
+        self.running_children: dict[str, Run] = {}
 
     def child(self, name: str) -> Run:
         """Start a run nested below this one."""
         tags = {"mlflow.parentRunId": self.id}
         run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
-        return Run(self.client, self.experiment_id, run.info.run_id)
+        child = Run(self.client, self.experiment_id, run.info.run_id)
+        self.running_children[child.id] = child
+        child.parent = self
+        return child
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log parameters."""
@@ -92,8 +97,12 @@ class Run:
         return str(info.model_uri)
 
     def end(self, status: str = "FINISHED") -> None:
-        """End the run: FINISHED, FAILED or KILLED."""
+        """End the run and the children that still run: FINISHED, FAILED or KILLED."""
+        for child in list(self.running_children.values()):
+            child.end(status)
         self.client.set_terminated(self.id, status)
+        if self.parent is not None:
+            del self.parent.running_children[self.id]
 
 
 def start_run(config: Config, name: str) -> Run:

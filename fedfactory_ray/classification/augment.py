@@ -18,7 +18,7 @@ def augment_batch(images: Tensor, config: ClassifierConfig, draw: torch.Generato
     """Augment float images (n, C, S, S) in [-1, 1] on the generator's device.
 
     In turn: a symmetry of the square; rotation, zoom and translation in one bilinear resampling (reflected borders);
-    brightness and contrast; blur and noise.
+    contrast and tint; blur; noise. All but the symmetry leave an image as it is where their setting is 0.
     """
     n, device = len(images), images.device
 
@@ -34,13 +34,13 @@ def augment_batch(images: Tensor, config: ClassifierConfig, draw: torch.Generato
         theta = torch.stack([torch.stack([cos, -sin, shift[:, 0]], 1), torch.stack([sin, cos, shift[:, 1]], 1)], 1)
         grid = F.affine_grid(theta, list(images.shape), align_corners=False)
         images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    if config.colour:
-        contrast = 1 + uniform(n, 1, 1, 1) * config.colour
-        brightness = uniform(n, 1, 1, 1) * config.colour + uniform(n, images.shape[1], 1, 1) * config.colour / 2
-        images = images * contrast + brightness
-    if config.noise:
+    if config.contrast or config.tint:
+        contrast = 1 + uniform(n, 1, 1, 1) * config.contrast
+        images = images * contrast + uniform(n, images.shape[1], 1, 1) * config.tint
+    if config.blur:
         blurred = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="reflect"), 3, stride=1)
-        images = torch.lerp(images, blurred, uniform(n, 1, 1, 1, low=0) * config.noise)
+        images = torch.lerp(images, blurred, uniform(n, 1, 1, 1, low=0) * config.blur)
+    if config.noise:
         deviation = uniform(n, 1, 1, 1, low=0) * config.noise
         images = images + deviation * torch.randn(images.shape, generator=draw, device=device)
     return images

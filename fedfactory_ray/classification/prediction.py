@@ -15,7 +15,7 @@ from fedfactory_ray.classification.training import Task
 from fedfactory_ray.config import Config, WorkerResources
 from fedfactory_ray.data.sources import open_source
 from fedfactory_ray.data.transforms import to_tensor
-from fedfactory_ray.devices import prepare_process
+from fedfactory_ray.devices import assigned_device, prepare_process
 from fedfactory_ray.storage import Storage
 
 BATCH_SIZE = 500
@@ -58,7 +58,7 @@ def evaluate_on_test(
 
     The probabilities are those of the first classifier on the examples, in the order of their classes.
     """
-    device = prepare_process(resources, len(ray.get_gpu_ids()))
+    device = prepare_process(resources, assigned_device(ray.get_gpu_ids()))
     source = open_source(config.data)
     images, labels = source.images("test"), source.labels("test")
     networks = {name: load_network(config, task, storage, folder) for name, folder in folders.items()}

@@ -12,7 +12,6 @@ import ray
 import torch
 from torch import Tensor
 
-from fedfactory_ray.cluster import DATA_CPUS
 from fedfactory_ray.storage import Storage
 from fedfactory_ray.synthesis.synthesize import Shard
 
@@ -53,7 +52,6 @@ def shard_rows(storage: Storage, manifest: list[Shard], digest: str, unit_size: 
         [storage.path(shard.file) for shard in manifest],
         filesystem=storage.filesystem,
         columns=["image", "label", "client", "unit", "index"],
-        num_cpus=DATA_CPUS,
         override_num_blocks=math.ceil(len(manifest) / FILES_PER_TASK),
     )
     return Rows(dataset, digest, sum(shard.n for shard in manifest), unit_size)

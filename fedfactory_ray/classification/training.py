@@ -30,7 +30,7 @@ from fedfactory_ray.classification.rows import (
     keep_side,
     read_columns,
 )
-from fedfactory_ray.cluster import DATA_CPUS, Worker
+from fedfactory_ray.cluster import Worker
 from fedfactory_ray.config import ClassifierConfig, Config
 from fedfactory_ray.schedule import warmup_cosine
 from fedfactory_ray.seeds import derive_seed
@@ -118,7 +118,6 @@ def fit(
             name: rows.dataset.map_batches(
                 keep_side,
                 fn_kwargs={"unit_size": rows.unit_size, "fraction": fraction, "validation": side},
-                num_cpus=DATA_CPUS,
             )
             for name, side in sides.items()
         }
@@ -234,7 +233,9 @@ def _fit_on_worker(settings: dict[str, Any]) -> None:
     recipe, task = config.classifier, settings["task"]
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
-    device = prepare_process(settings["resources"], settings["resources"].num_gpus)
+    # Workers on one node see each other's GPUs, so Ray Train has to tell which one is whose.
+    chosen = ray.train.torch.get_device() if settings["resources"].num_gpus else torch.device("cpu")
+    device = prepare_process(settings["resources"], chosen)
     precision = resolve_precision(recipe.precision, device)
     seed = derive_seed(config.seed, "classifier")
 

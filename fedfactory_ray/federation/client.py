@@ -41,10 +41,10 @@ class ClientActor:
 
     def __init__(self, config: Config, resources: WorkerResources, storage: Storage) -> None:
         from fedfactory_ray.data.sources import open_source
-        from fedfactory_ray.devices import prepare_process
+        from fedfactory_ray.devices import assigned_device, prepare_process
 
         self.config, self.storage = config, storage
-        self.device = prepare_process(resources, len(ray.get_gpu_ids()))
+        self.device = prepare_process(resources, assigned_device(ray.get_gpu_ids()))
         self.source = open_source(config.data)
 
     def train(self, client: str, share: dict[int, np.ndarray]) -> Iterator[Progress | Upload | bytes]:

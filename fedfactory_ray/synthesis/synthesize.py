@@ -46,10 +46,10 @@ class Synthesizer:
         storage: Storage,
         modules: dict[tuple[str, int], ModuleHandle],
     ) -> None:
-        from fedfactory_ray.devices import prepare_process
+        from fedfactory_ray.devices import assigned_device, prepare_process
 
         self.config, self.storage, self.modules = config, storage, modules
-        self.device = prepare_process(resources, len(ray.get_gpu_ids()))
+        self.device = prepare_process(resources, assigned_device(ray.get_gpu_ids()))
         self.kept: OrderedDict[tuple[str, int], Any] = OrderedDict()
 
     def denoiser(self, key: tuple[str, int]) -> Any:

@@ -1,0 +1,93 @@
+"""Fitting with Ray Train: several workers, streaming, resuming."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import ray
+
+from fedfactory_ray.classification.rows import HeldBatches, Rows, keep_side
+from fedfactory_ray.classification.training import Classifier, Epoch, Task, fit
+from fedfactory_ray.cluster import make_plan
+from fedfactory_ray.config import Config
+from fedfactory_ray.storage import Storage
+from fedfactory_ray.synthesis.shard import image_column
+
+TASK = Task(classes=3, channels=1, resolution=8)
+
+
+def columns(n: int = 240) -> dict[str, np.ndarray]:
+    draw = np.random.RandomState(0)
+    labels = np.arange(n) % 3
+    images = draw.randint(0, 60, (n, 8, 8, 1)).astype(np.uint8)
+    images[np.arange(n), 2 * labels + 1] += 150
+    client = np.array(["a", "b"])[np.arange(n) // 3 % 2]
+    return {"image": images, "label": labels, "client": client, "unit": np.arange(n) // 60, "index": np.arange(n) % 60}
+
+
+def make_rows() -> Rows:
+    found = columns()
+    table = pa.table({name: image_column(c) if name == "image" else c for name, c in found.items()})
+    return Rows(ray.data.from_arrow([table.slice(0, 100), table.slice(100)]), "digest", 240, 60)
+
+
+def config(workers: int, **classifier: object) -> Config:
+    recipe = {"epochs": 4, "batch_size": 16, "checkpoint_every": 2, "shift": 0.0, **classifier}
+    resources = {"classifier_workers": workers, "classifier": {"num_cpus": 1 / workers}}
+    return Config.model_validate({"classifier": recipe, "resources": resources})
+
+
+def fit_here(settings: Config, folder: Path, heard: list[Epoch]) -> Classifier:
+    worker = make_plan(settings.resources).classifier
+    return fit(settings, make_rows(), TASK, worker, Storage(str(folder)), "here", heard.append)
+
+
+@pytest.mark.parametrize(("workers", "in_memory_mb"), [(2, 64), (2, 0)])
+def test_a_classifier_is_fitted_held_or_streamed_by_one_or_two_workers(
+    cluster: None, tmp_path: Path, workers: int, in_memory_mb: int
+) -> None:
+    heard: list[Epoch] = []
+    classifier = fit_here(config(workers, in_memory_mb=in_memory_mb), tmp_path, heard)
+    assert [epoch.epoch for epoch in heard] == [1, 2, 3, 4]
+    assert classifier.history == heard
+    assert classifier.validation_accuracy > 0.9
+    assert heard[-1].train_loss < heard[0].train_loss
+    best = min(heard, key=lambda epoch: (epoch.validation_loss, -epoch.epoch))
+    assert classifier.epoch == best.epoch
+    assert Storage(str(tmp_path)).names("") == ["classifier/here/card.json", "classifier/here/model.safetensors"]
+
+
+def test_two_workers_give_the_same_bytes_twice(cluster: None, tmp_path: Path) -> None:
+    first, second = (fit_here(config(2), tmp_path / name, []) for name in "ab")
+    assert first == second
+
+
+def test_held_batches_do_not_depend_on_the_order_of_arrival() -> None:
+    there = columns()
+    order = np.random.RandomState(1).permutation(len(there["label"]))
+    shuffled = {name: column[order] for name, column in there.items()}
+    one, other = (HeldBatches(c, 16, 5, 0, 1) for c in (there, shuffled))
+    for (images, labels), (images2, labels2) in zip(one.epoch(3), other.epoch(3), strict=True):
+        assert (images == images2).all()
+        assert (labels == labels2).all()
+
+
+def test_workers_share_every_batch() -> None:
+    whole = HeldBatches(columns(), 16, 5, 0, 1)
+    parts = [HeldBatches(columns(), 16, 5, rank, 2) for rank in range(2)]
+    for (images, _), *shares in zip(whole.epoch(0), *(part.epoch(0) for part in parts), strict=True):
+        pixels = sorted(image.numpy().tobytes() for image in images)
+        assert pixels == sorted(image.numpy().tobytes() for share, _ in shares for image in share)
+
+
+def test_validation_rows_are_a_tenth_and_stay_when_rows_go() -> None:
+    there = columns()
+    training, validation = (keep_side(there, 60, 0.1, side) for side in (False, True))
+    assert (len(training["label"]), len(validation["label"])) == (216, 24)
+    without = {name: column[there["client"] != "b"] for name, column in there.items()}
+    kept = keep_side(without, 60, 0.1, True)
+    expected = validation["image"][validation["client"] != "b"]
+    assert (kept["image"] == expected).all()

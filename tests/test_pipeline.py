@@ -1,0 +1,300 @@
+"""The main job, whole, on small images: real Ray, real MLflow store, real files."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import write_npz
+from rich.console import Console
+
+from fedfactory_ray import pipeline
+from fedfactory_ray.config import Config, make_config
+from fedfactory_ray.errors import DataInvalidError, RunConflictError
+from fedfactory_ray.federation import round as federation_round
+from fedfactory_ray.storage import Storage
+
+SMALL = {
+    "generator": {"channels": [8, 16], "min_steps": 40, "max_steps": 40, "batch_size": 16, "precision": "fp32"},
+    "sampler": {"evaluations": 6},
+    "synthesis": {"images_per_class": 40, "batch_size": 8, "unit_size": 16},
+    "classifier": {"epochs": 4, "batch_size": 16, "checkpoint_every": 2},
+    "partition": {"scheme": "skew", "counts": [[40, 0, 10], [0, 25, 0], [0, 15, 30]]},
+}
+
+
+def small_config(folder: Path, data: Path, **changes: Any) -> Config:
+    places = {
+        "data": {"source": str(data)},
+        "storage": {"uri": str(folder / "runs")},
+        "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+        "name": "small",
+    }
+    return Config(**(SMALL | places | changes))
+
+
+@dataclass
+class Finished:
+    config: Config
+    report: pipeline.Report
+    folder: Path
+    printed: str
+
+
+def run(config: Config, folder: Path) -> Finished:
+    out = io.StringIO()
+    report = pipeline.run(config, Console(file=out, width=140))
+    Console(file=out, width=140).print(pipeline.report_table(report))
+    return Finished(config, report, folder / "runs" / "small", out.getvalue())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("job")
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path) -> Path:
+    return write_npz(folder / "stripes.npz")
+
+
+@pytest.fixture(scope="module")
+def finished(cluster: None, folder: Path, data: Path) -> Finished:
+    """One whole run, during which the driver may not open the data."""
+    patch = pytest.MonkeyPatch()
+
+    def forbidden(*_: Any) -> None:
+        raise AssertionError("the driver opened the clients' images")
+
+    for name in ("open_source", "ArrayFile"):
+        patch.setattr(f"fedfactory_ray.data.sources.{name}", forbidden)
+    patch.setattr("fedfactory_ray.classification.prediction.open_source", forbidden)
+    try:
+        return run(small_config(folder, data), folder)
+    finally:
+        patch.undo()
+
+
+def file_digests(folder: Path, pattern: str) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob(pattern)
+    }
+
+
+def test_the_classifier_learns_from_synthetic_images_alone(finished: Finished) -> None:
+    evaluations = finished.report.evaluations
+    assert evaluations["fedfactory"].images == 60
+    assert evaluations["fedfactory"].accuracy.value > 0.6 > evaluations["fedfactory"].majority
+    assert evaluations["centralised"].accuracy.value > 0.6
+
+
+def test_the_synthetic_set_is_balanced_mixed_by_count_and_traceable(finished: Finished) -> None:
+    table = pq.read_table(finished.folder / "synthetic", columns=["label", "client", "module", "unit", "index"])
+    counts = table.group_by(["client", "label"]).aggregate([("index", "count")]).to_pydict()
+    found = dict(zip(zip(counts["client"], counts["label"], strict=True), counts["index_count"], strict=True))
+    assert found == {
+        ("client-000", 0): 40,
+        ("client-001", 1): 25,
+        ("client-002", 1): 15,
+        ("client-000", 2): 10,
+        ("client-002", 2): 30,
+    }
+    modules = {
+        hashlib.sha256(path.read_bytes()).hexdigest() for path in finished.folder.glob("modules/**/*.safetensors")
+    }
+    assert set(table["module"].to_pylist()) == modules
+    keys = list(zip(*(table[name].to_pylist() for name in ("client", "label", "unit", "index")), strict=True))
+    assert len(set(keys)) == len(keys) == 120
+
+
+def test_every_module_is_uploaded_once_and_counted(finished: Finished) -> None:
+    files = [*finished.folder.glob("modules/**/*.safetensors"), *finished.folder.glob("modules/**/card.json")]
+    assert finished.report.modules == 5
+    assert finished.report.uploaded_bytes == sum(path.stat().st_size for path in files)
+
+
+def test_nothing_but_the_run_is_left_in_storage(finished: Finished) -> None:
+    top = {path.name for path in finished.folder.iterdir()}
+    assert top == {
+        *("config.json", "partition.json", "partition.parquet", "evaluation.json"),
+        *("modules", "synthetic", "classifier"),
+    }
+    assert not list(finished.folder.glob("**/*.tmp"))
+
+
+def test_mlflow_holds_a_parent_run_with_a_child_a_client_and_phase(finished: Finished) -> None:
+    client = mlflow.MlflowClient(finished.config.tracking.uri)
+    experiment = client.get_experiment_by_name("fedfactory")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    assert [r.info.run_name for r in parents] == ["small"]
+    parent = parents[0]
+    children = {r.info.run_name: r for r in runs if r.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
+    assert set(children) == {
+        *("client-000", "client-001", "client-002"),
+        *("synthesis", "classifier-fedfactory", "classifier-centralised", "evaluation"),
+    }
+    assert {r.info.status for r in runs} == {"FINISHED"}
+    assert parent.data.params["generator.min_steps"] == "40"
+    assert parent.data.metrics["accuracy"] == finished.report.evaluations["fedfactory"].accuracy.value
+    assert parent.data.metrics["uploaded_bytes"] == finished.report.uploaded_bytes
+    assert client.get_metric_history(children["client-000"].info.run_id, "loss_class_0")[-1].step == 40
+    assert len(client.get_metric_history(children["classifier-fedfactory"].info.run_id, "train_loss")) == 4
+    artifacts = {a.path for r in [parent, *children.values()] for a in client.list_artifacts(r.info.run_id)}
+    assert {"samples.png", "confusion-fedfactory.png", "manifest.json", "partition.json", "modules.json"} <= artifacts
+
+
+def test_the_logged_model_predicts_uint8_images_of_any_number(finished: Finished, data: Path) -> None:
+    mlflow.set_tracking_uri(finished.config.tracking.uri)
+    model = mlflow.pyfunc.load_model(finished.report.model_uri)
+    arrays = np.load(data)
+    probabilities = model.predict(arrays["test_images"])
+    assert probabilities.shape == (60, 3)
+    np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
+    accuracy = (probabilities.argmax(1) == arrays["test_labels"].ravel()).mean()
+    assert accuracy == pytest.approx(finished.report.evaluations["fedfactory"].accuracy.value)
+    assert model.predict(arrays["test_images"][:1]).shape == (1, 3)
+
+
+def test_what_a_person_sees(finished: Finished) -> None:
+    for part in (
+        "client-002",
+        "training modules (200 steps)",
+        "drawing images",
+        "accuracy, fedfactory",
+        "seconds, modules",
+    ):
+        assert part in finished.printed
+    assert "\x1b" not in finished.printed
+
+
+def test_the_same_command_makes_nothing_again(finished: Finished, folder: Path) -> None:
+    made = [*finished.folder.glob("modules/**/*"), *finished.folder.glob("classifier/**/*")]
+    made += finished.folder.glob("synthetic/**/*.parquet")
+    before = {path: path.stat().st_mtime_ns for path in made}
+    again = run(finished.config, folder)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert again.report.evaluations == finished.report.evaluations
+
+
+def test_what_is_damaged_is_made_again_to_the_same_bytes(finished: Finished, folder: Path) -> None:
+    module = next(finished.folder.glob("modules/client-001/**/*.safetensors"))
+    shard = next(finished.folder.glob("synthetic/class-000/*.parquet"))
+    before = {path: path.read_bytes() for path in (module, shard)}
+    untouched = next(finished.folder.glob("modules/client-000/**/*.safetensors"))
+    stamp = untouched.stat().st_mtime_ns
+    module.write_bytes(before[module][:-7] + b"damaged")
+    shard.write_bytes(before[shard][: len(before[shard]) // 2])
+    run(finished.config, folder)
+    assert {path: path.read_bytes() for path in before} == before
+    assert untouched.stat().st_mtime_ns == stamp
+
+
+def test_another_configuration_under_the_same_name_is_refused(finished: Finished, folder: Path, data: Path) -> None:
+    with pytest.raises(RunConflictError, match=r"sampler.evaluations: there 6, here 7"):
+        pipeline.run(small_config(folder, data, sampler={"evaluations": 7}), Console(file=io.StringIO()))
+
+
+def test_bytes_do_not_depend_on_the_number_of_actors(finished: Finished, data: Path, tmp_path: Path) -> None:
+    alone = run(small_config(tmp_path, data, resources={"max_actors": 1}, baselines=()), tmp_path)
+    for pattern in ("modules/**/*", "synthetic/**/*", "classifier/fedfactory/*", "partition.*"):
+        files = [p for p in finished.folder.glob(pattern) if p.is_file()]
+        assert files
+        for path in files:
+            other = alone.folder / path.relative_to(finished.folder)
+            assert other.read_bytes() == path.read_bytes(), path
+    assert alone.report.evaluations["fedfactory"] == finished.report.evaluations["fedfactory"]
+
+
+def test_units_drawn_in_another_order_by_one_process_have_the_same_rows(finished: Finished) -> None:
+    import torch
+
+    from fedfactory_ray.federation.round import stored_modules
+    from fedfactory_ray.generation.sampling import draw_images
+    from fedfactory_ray.synthesis.plan import make_units
+    from fedfactory_ray.synthesis.shard import rows_digest
+    from fedfactory_ray.synthesis.synthesize import MANIFEST, Synthesizer
+
+    config, storage = finished.config, Storage(str(finished.folder))
+    table = pq.read_table(finished.folder / "partition.parquet").to_pandas()
+    from fedfactory_ray.data.partition import Partition
+
+    shares: dict[str, dict[int, np.ndarray]] = {}
+    for (client, label), rows in table.groupby(["client", "label"]):
+        shares.setdefault(client, {})[label] = rows["index"].to_numpy()
+    modules = stored_modules(storage, Partition(3, shares))
+    actor = Synthesizer.__new__(Synthesizer)
+    actor.storage, actor.modules, actor.device = storage, modules, torch.device("cpu")
+    actor.kept = __import__("collections").OrderedDict()
+    torch.set_num_threads(1)
+    units = make_units([h.card for h in modules.values()], 40, 16, config.seed)
+    manifest = {line["file"]: line["rows_sha256"] for line in storage.read_json(MANIFEST)}
+    for unit in reversed(units):
+        denoiser = actor.denoiser((unit.client, unit.label))
+        images = draw_images(denoiser, config.sampler, unit.n, 8, unit.seed, actor.device, "fp32")
+        assert rows_digest(unit, images) == manifest[unit.file]
+    assert len(actor.kept) <= 2
+
+
+def test_a_hundred_clients_share_two_slots(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedfactory_ray.cluster import make_plan
+    from fedfactory_ray.data.partition import make_partition
+    from fedfactory_ray.federation.client import ClientActor
+
+    source = write_npz(tmp_path / "many.npz", n=120)
+    config = small_config(
+        tmp_path,
+        source,
+        partition={"clients": 100, "min_size": 3},
+        generator=SMALL["generator"] | {"min_steps": 2, "max_steps": 2},
+    )
+    labels = np.load(source)["train_labels"].ravel()
+    partition = make_partition(config.partition, labels, 3, 0)
+    started = []
+
+    class Counting:
+        @staticmethod
+        def options(**demands: float) -> Any:
+            chosen = ClientActor.options(**demands)
+
+            class Start:
+                @staticmethod
+                def remote(*arguments: Any) -> Any:
+                    started.append(demands)
+                    return chosen.remote(*arguments)
+
+            return Start
+
+    monkeypatch.setattr(federation_round, "ClientActor", Counting)
+    worker = make_plan(config.resources).client
+    modules = federation_round.run_round(config, partition, worker, Storage(str(tmp_path / "run")), lambda event: None)
+    assert list(modules) == [(client, label) for client, label, _ in partition]
+    assert len(modules) == 100
+    assert started == [{"num_cpus": 1.0, "num_gpus": 0.0}] * 2
+    assert all(handle.ref is not None for handle in modules.values())
+
+
+def test_bad_data_is_refused_before_anything_is_made(cluster: None, tmp_path: Path) -> None:
+    labels = np.full((120, 1), 2, np.uint8)
+    source = write_npz(tmp_path / "gap.npz", train_labels=labels)
+    config = small_config(tmp_path, source, partition={})
+    with pytest.raises(DataInvalidError, match=r"gap\.npz[\s\S]*no training image of class 0, 1"):
+        pipeline.run(config, Console(file=io.StringIO()))
+    assert not (tmp_path / "runs").exists()
+    runs = mlflow.MlflowClient(config.tracking.uri).search_runs(["1"])
+    assert [r.info.status for r in runs] == ["FAILED"]
+
+
+def test_run_names_follow_the_settings_that_matter() -> None:
+    name = pipeline.run_name(make_config("bloodmnist-cpu"))
+    assert name.startswith("bloodmnist-silos-seed0-")
+    assert name == pipeline.run_name(make_config("bloodmnist-cpu", overrides=["--storage.uri", "elsewhere"]))
+    assert name != pipeline.run_name(make_config("bloodmnist-cpu", overrides=["--generator.epochs", "3"]))

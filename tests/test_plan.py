@@ -1,0 +1,162 @@
+import hashlib
+from dataclasses import replace
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.synthesis.plan import Unit, make_units, quotas
+
+holdings = st.dictionaries(
+    st.sampled_from([f"client-{k:03d}" for k in range(12)]), st.integers(1, 500), min_size=1, max_size=8
+)
+
+
+def card(client: str, label: int, images: int = 10) -> ModuleCard:
+    return ModuleCard(client, label, images, 1, 8, 30, "fp32", {}, f"sha-{client}-{label}", 100)
+
+
+def cards_of(*matrices: dict[str, int]) -> list[ModuleCard]:
+    """A card for each client and class: one dictionary of image counts a class."""
+    return [card(client, label, n) for label, counts in enumerate(matrices) for client, n in counts.items()]
+
+
+def by_key(units: list[Unit]) -> dict[tuple[str, int, int], Unit]:
+    return {(unit.client, unit.label, unit.index): unit for unit in units}
+
+
+# Quotas
+
+
+@settings(max_examples=200, deadline=None)
+@given(holdings, st.integers(0, 5000))
+def test_quotas_sum_to_the_total_and_are_proportional_within_one(counts: dict[str, int], total: int) -> None:
+    shares = quotas(counts, total)
+    assert sum(shares.values()) == total
+    assert shares.keys() == counts.keys()
+    for client, n in counts.items():
+        assert abs(shares[client] - total * n / sum(counts.values())) < 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(holdings, st.integers(0, 5000), st.randoms(use_true_random=False))
+def test_quotas_do_not_depend_on_the_order_of_clients(counts: dict[str, int], total: int, random: object) -> None:
+    items = list(counts.items())
+    random.shuffle(items)  # type: ignore[attr-defined]
+    assert quotas(dict(items), total) == quotas(counts, total)
+
+
+def test_ties_go_to_the_first_name() -> None:
+    assert quotas({"b": 5, "a": 5, "c": 5}, 4) == {"b": 1, "a": 2, "c": 1}
+    assert quotas({"c": 5, "b": 5, "a": 5}, 5) == {"c": 1, "b": 2, "a": 2}
+
+
+def test_the_largest_remainder_gets_the_rest() -> None:
+    assert quotas({"a": 1, "b": 2, "c": 7}, 5) == {"a": 1, "b": 1, "c": 3}  # 0.5, 1.0, 3.5: the tie goes to a
+    assert quotas({"a": 10, "b": 26, "c": 64}, 10) == {"a": 1, "b": 3, "c": 6}
+
+
+@settings(max_examples=200, deadline=None)
+@given(holdings, st.integers(0, 300))
+@example({"client-000": 1, "client-001": 9, "client-002": 31}, 25)  # the Alabama paradox
+def test_a_larger_total_takes_no_image_from_any_client(counts: dict[str, int], total: int) -> None:
+    now, later = quotas(counts, total), quotas(counts, total + 1)
+    assert all(later[client] >= now[client] for client in counts)
+
+
+# Units
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(holdings, min_size=1, max_size=4), st.integers(2, 900), st.integers(1, 300), st.integers(0, 9))
+def test_units_cover_the_quotas(matrices: list[dict[str, int]], images: int, unit_size: int, seed: int) -> None:
+    units = make_units(cards_of(*matrices), images, unit_size, seed)
+    for label, counts in enumerate(matrices):
+        shares = quotas(counts, images)
+        for client, share in shares.items():
+            own = [unit for unit in units if (unit.client, unit.label) == (client, label)]
+            assert sum(unit.n for unit in own) == share
+            assert [unit.index for unit in own] == list(range(len(own)))
+            assert all(unit.n == unit_size for unit in own[:-1])
+            assert all(0 < unit.n <= unit_size for unit in own)
+            assert all(unit.module_sha256 == f"sha-{client}-{label}" for unit in own)
+    assert sum(unit.n for unit in units) == images * len(matrices)
+    assert [(u.label, u.client, u.index) for u in units] == sorted((u.label, u.client, u.index) for u in units)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(holdings, min_size=1, max_size=3), st.integers(2, 600), st.integers(1, 100))
+def test_files_and_seeds_are_a_units_own(matrices: list[dict[str, int]], images: int, unit_size: int) -> None:
+    units = make_units(cards_of(*matrices), images, unit_size, 0)
+    assert len({unit.file for unit in units}) == len({unit.seed for unit in units}) == len(units)
+    assert all(0 <= unit.seed < 2**63 for unit in units)
+
+
+@settings(max_examples=60, deadline=None)
+@given(holdings, st.integers(2, 300), st.integers(0, 300), st.integers(1, 40))
+def test_seeds_and_files_stay_when_images_per_class_grow(
+    counts: dict[str, int], images: int, more: int, unit_size: int
+) -> None:
+    now = by_key(make_units(cards_of(counts), images, unit_size, 0))
+    later = by_key(make_units(cards_of(counts), images + more, unit_size, 0))
+    for key in now.keys() & later.keys():
+        assert (now[key].seed, now[key].file) == (later[key].seed, later[key].file)
+
+
+@settings(max_examples=100, deadline=None)
+@given(holdings, st.integers(2, 300), st.integers(1, 300), st.integers(1, 40))
+@example({"client-000": 2, "client-001": 6, "client-002": 6}, 3, 1, 1)  # the Alabama paradox
+def test_growing_images_per_class_only_appends(counts: dict[str, int], images: int, more: int, unit_size: int) -> None:
+    now = by_key(make_units(cards_of(counts), images, unit_size, 0))
+    later = by_key(make_units(cards_of(counts), images + more, unit_size, 0))
+    assert now.keys() <= later.keys()
+    assert all(later[key].n >= unit.n for key, unit in now.items())
+
+
+def test_a_single_holders_full_units_stay_as_they_are_when_images_per_class_grow() -> None:
+    now, later = (make_units(cards_of({"a": 9}, {"b": 9}), images, 100, 0) for images in (300, 450))
+    assert set(now) < set(later)
+    assert len(later) - len(now) == 4
+
+
+@settings(max_examples=60, deadline=None)
+@given(holdings, holdings, st.integers(2, 300), st.integers(1, 50))
+def test_other_clients_do_not_change_a_units_seed(
+    counts: dict[str, int], others: dict[str, int], images: int, unit_size: int
+) -> None:
+    assume(counts.keys() != others.keys())
+    alone = by_key(make_units(cards_of(counts), images, unit_size, 0))
+    together = by_key(make_units(cards_of(counts | others, others), images, unit_size, 0))
+    for key in alone.keys() & together.keys():
+        assert (alone[key].seed, alone[key].file) == (together[key].seed, together[key].file)
+
+
+def test_other_classes_do_not_change_a_classs_units() -> None:
+    one = make_units(cards_of({"a": 5, "b": 7}), 50, 10, 0)
+    two = make_units(cards_of({"a": 5, "b": 7}, {"a": 3}), 50, 10, 0)
+    assert [unit for unit in two if unit.label == 0] == one
+
+
+def test_the_order_of_cards_does_not_matter() -> None:
+    cards = cards_of({"a": 5, "b": 7}, {"b": 2, "c": 2})
+    assert make_units(cards, 50, 10, 0) == make_units(reversed(cards), 50, 10, 0)
+
+
+def test_another_seed_of_the_run_changes_every_units_seed() -> None:
+    cards = cards_of({"a": 5, "b": 7})
+    first, other = make_units(cards, 50, 10, 0), make_units(cards, 50, 10, 1)
+    assert not {unit.seed for unit in first} & {unit.seed for unit in other}
+    assert [replace(unit, seed=0) for unit in first] == [replace(unit, seed=0) for unit in other]
+
+
+def test_seeds_are_the_same_on_every_machine() -> None:
+    unit = make_units([card("client-001", 2)], 10, 10, 7)[0]
+    text = "1:7,9:synthesis,10:client-001,1:2,1:0,"
+    assert unit.seed == int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little") // 2
+
+
+@pytest.mark.parametrize(("label", "index"), [(0, 0), (12, 345)])
+def test_a_units_file_names_class_client_and_index(label: int, index: int) -> None:
+    unit = Unit("client-003", label, index, 10, 1, "f00d")
+    assert unit.file == f"synthetic/class-{label:03d}/client-003-{index:05d}.parquet"

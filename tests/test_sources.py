@@ -1,0 +1,534 @@
+import hashlib
+import pickle
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import write_npz
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from fedfactory_ray.config import DataConfig
+from fedfactory_ray.data.sources import ArrayFile, ImageFolder, Source, inspect, open_source
+from fedfactory_ray.data.transforms import resize_batch
+from fedfactory_ray.errors import DataInvalidError, DataMissingError
+
+SPLITS = ("train", "val", "test")
+
+
+def source_at(path: Path, **changes: object) -> Source:
+    return open_source(DataConfig.model_validate({"source": str(path), **changes}))
+
+
+def refusal(path: Path, **changes: object) -> str:
+    """What a source that has to be refused is refused with."""
+    with pytest.raises(DataInvalidError) as error:
+        inspect(source_at(path, **changes))
+    return str(error.value)
+
+
+# Digits
+
+
+def test_digits_are_dealt_out_whole_and_once() -> None:
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    scaled = np.round(pixels * 255 / 16).astype(np.uint8)
+    everything = Counter((row.tobytes(), int(y)) for row, y in zip(scaled, labels, strict=True))
+    source = open_source(DataConfig(source="digits"))
+    dealt = Counter(
+        (image.tobytes(), int(y))
+        for split in SPLITS
+        for image, y in zip(source.images(split), source.labels(split), strict=True)
+    )
+    assert dealt == everything
+    assert sum(dealt.values()) == 1797
+
+
+def test_digits_splits_are_stratified_and_the_same_every_time() -> None:
+    source, again = open_source(DataConfig(source="digits")), open_source(DataConfig(source="digits"))
+    counts = np.array([np.bincount(source.labels(split), minlength=10) for split in SPLITS])
+    shares = np.array([[0.6], [0.1], [0.3]]) * counts.sum(0)
+    assert np.abs(counts - shares).max() <= 1
+    for split in SPLITS:
+        assert np.array_equal(source.images(split), again.images(split))
+
+
+def test_digits_are_read_by_index() -> None:
+    source = open_source(DataConfig(source="digits"))
+    indices = np.array([7, 3, 3, 1000])
+    assert np.array_equal(source.images("train", indices), source.images("train")[indices])
+    assert source.image_shape() == (8, 8, 1) == source.images("test").shape[1:]
+
+
+def test_digits_take_the_resolution() -> None:
+    source = open_source(DataConfig(source="digits", resolution=12))
+    assert source.image_shape() == (12, 12, 1) == source.images("val").shape[1:]
+    plain = open_source(DataConfig(source="digits"))
+    assert np.array_equal(source.images("val"), resize_batch(plain.images("val"), 12))
+
+
+def test_digits_facts() -> None:
+    source = open_source(DataConfig(source="digits"))
+    info, labels = inspect(source)
+    assert (info.classes, info.resolution, info.channels) == (10, 8, 1)
+    assert info.class_names == list("0123456789")
+    assert np.array_equal(labels, source.labels("train"))
+    assert info.counts["test"] == np.bincount(source.labels("test")).tolist()
+
+
+# Array files
+
+
+@pytest.fixture(scope="module")
+def small_files(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+    folder = tmp_path_factory.mktemp("npz")
+    return {channels: write_npz(folder / f"{channels}.npz", channels=channels) for channels in (1, 3)}
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(0, 119), max_size=20), st.sampled_from([1, 3]), st.booleans())
+def test_array_file_reads_the_rows_asked_for_in_the_asked_order(
+    small_files: dict[int, Path], asked: list[int], channels: int, ready: bool
+) -> None:
+    source = source_at(small_files[channels]) if ready else ArrayFile(small_files[channels], None)
+    with np.load(small_files[channels]) as arrays:
+        images = arrays["train_images"]
+    indices = np.array(asked, dtype=np.int64)
+    assert np.array_equal(source.images("train", indices), images[indices])
+    assert np.array_equal(source.images("train"), images)
+
+
+@pytest.fixture(scope="module")
+def file_of_three_chunks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, np.ndarray]:
+    """Rows of 256 KiB: 64 of them make one of the pieces in which a file is read."""
+    n, side = 140, 512
+    images = np.zeros((n, side, side), np.uint8)
+    images[:, 0, 0], images[:, 5, 7], images[:, -1, -1] = np.arange(n), 255 - np.arange(n), np.arange(n)
+    labels = np.arange(n) % 2
+    path = tmp_path_factory.mktemp("large") / "large.npz"
+    few = slice(0, 4)
+    np.savez(path, train_images=images, train_labels=labels, test_images=images[few, :, :], test_labels=labels[few])
+    return path, images
+
+
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.sampled_from([0, 1, 62, 63, 64, 65, 127, 128, 129, 139]), max_size=12))
+def test_array_file_reads_across_its_pieces(file_of_three_chunks: tuple[Path, np.ndarray], asked: list[int]) -> None:
+    path, images = file_of_three_chunks
+    indices = np.array(asked, dtype=np.int64)
+    assert np.array_equal(ArrayFile(path, None).images("train", indices)[..., 0], images[indices])
+
+
+def test_array_file_reads_all_of_several_pieces(file_of_three_chunks: tuple[Path, np.ndarray]) -> None:
+    path, images = file_of_three_chunks
+    assert np.array_equal(ArrayFile(path, None).images("train")[..., 0], images)
+
+
+def test_array_file_facts_and_labels(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "a.npz", classes=4, n=10, channels=3)
+    source = source_at(path)
+    info, labels = inspect(source)
+    assert (info.class_names, info.resolution, info.channels) == (["0", "1", "2", "3"], 8, 3)
+    assert info.counts == {"train": [10] * 4, "val": [5] * 4, "test": [5] * 4}
+    with np.load(path) as arrays:
+        assert np.array_equal(labels, arrays["train_labels"].ravel())
+    assert labels.dtype == np.int64
+    assert source.image_shape() == source.images("test").shape[1:] == (8, 8, 3)
+
+
+def test_grey_images_without_a_channel_axis_get_one(tmp_path: Path) -> None:
+    with np.load(write_npz(tmp_path / "a.npz")) as arrays:
+        flat = {key: value[..., 0] if key.endswith("images") else value.ravel() for key, value in arrays.items()}
+        images = arrays["train_images"]
+    np.savez(tmp_path / "b.npz", **flat)
+    source = source_at(tmp_path / "b.npz")
+    info, _ = inspect(source)
+    assert (info.resolution, info.channels) == (8, 1)
+    assert np.array_equal(source.images("train"), images)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_array_file_takes_the_resolution(tmp_path: Path, channels: int) -> None:
+    path = write_npz(tmp_path / "a.npz", channels=channels)
+    source = source_at(path, resolution=12)
+    info, _ = inspect(source)
+    assert info.resolution == 12
+    picked = source.images("train", np.array([5, 2]))
+    assert np.array_equal(picked, resize_batch(source_at(path).images("train"), 12)[[5, 2]])
+
+
+def test_a_resolution_makes_oblong_images_square(tmp_path: Path) -> None:
+    oblong = {f"{split}_images": np.full((n * 3, 8, 10, 1), 9, np.uint8) for split, n in (("train", 40), ("test", 20))}
+    path = write_npz(tmp_path / "a.npz", **oblong, val_images=np.zeros((60, 8, 10, 1), np.uint8))
+    assert "images of 8×10" in refusal(path)
+    info, _ = inspect(source_at(path, resolution=8))
+    assert info.resolution == 8
+    assert source_at(path, resolution=8).images("test").shape == (60, 8, 8, 1)
+
+
+@pytest.mark.parametrize("resolution", [None, 12])
+def test_a_missing_val_split_is_empty(tmp_path: Path, resolution: int | None) -> None:
+    with np.load(write_npz(tmp_path / "a.npz")) as arrays:
+        np.savez(tmp_path / "b.npz", **{key: value for key, value in arrays.items() if not key.startswith("val")})
+    source = source_at(tmp_path / "b.npz", resolution=resolution)
+    info, _ = inspect(source)
+    assert source.labels("val").tolist() == []
+    assert source.labels("val").dtype == np.int64
+    assert info.counts["val"] == [0, 0, 0]
+    assert len(source.images("val")) == 0
+
+
+def test_a_missing_file_is_told_with_its_path(tmp_path: Path) -> None:
+    with pytest.raises(DataMissingError) as error:
+        source_at(tmp_path / "nowhere.npz")
+    assert str(tmp_path / "nowhere.npz") in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", b"PK\x03\x04" + bytes(100), bytes(1000)])
+def test_files_that_are_no_npz_are_refused(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "a.npz"
+    path.write_bytes(content)
+    message = refusal(path)
+    assert str(path) in message
+    assert "corrupt" in message
+
+
+@pytest.mark.parametrize("kept", [0.1, 0.5, 0.9, 0.999])
+def test_truncated_files_are_refused(tmp_path: Path, kept: float) -> None:
+    content = write_npz(tmp_path / "a.npz").read_bytes()
+    path = tmp_path / "b.npz"
+    path.write_bytes(content[: int(kept * len(content))])
+    message = refusal(path)
+    assert str(path) in message
+    assert "corrupt" in message
+
+
+def _everything(path: Path) -> tuple[bytes, ...]:
+    source = source_at(path)
+    inspect(source)
+    used = ("train", "test")
+    return (*(source.labels(s).tobytes() for s in used), *(source.images(s).tobytes() for s in used))
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_damaged_files_are_refused_or_read_as_they_were(tmp_path: Path, packed: bool) -> None:
+    path, damaged = tmp_path / "a.npz", tmp_path / "b.npz"
+    with np.load(write_npz(path, n=6, classes=2)) as arrays:
+        held = dict(arrays)
+    (np.savez_compressed if packed else np.savez)(path, **held)
+    intact, content = _everything(path), path.read_bytes()
+    refused, misread, crashed = 0, [], []
+    for place in range(0, len(content), max(1, len(content) // 250)):
+        for bit in (0, 4):
+            spoilt = bytearray(content)
+            spoilt[place] ^= 1 << bit
+            damaged.write_bytes(spoilt)
+            try:
+                if _everything(damaged) != intact:
+                    misread.append((place, bit))
+            except DataInvalidError as error:
+                assert str(damaged) in str(error)
+                refused += 1
+            except Exception as error:  # noqa: BLE001
+                crashed.append((place, bit, repr(error)[:60]))
+    assert refused
+    assert not crashed, f"{len(crashed)} damages ended otherwise: {crashed[:5]}"
+    assert not misread, f"{len(misread)} damages went unnoticed: {misread[:5]}"
+
+
+def images_like(split: str, **changes: object) -> dict[str, np.ndarray]:
+    n = 120 if split == "train" else 60
+    shape = tuple(changes.get("shape", (8, 8, 1)))  # type: ignore[arg-type]
+    return {f"{split}_images": np.zeros((n, *shape), changes.get("dtype", np.uint8))}  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"test_labels": np.arange(60) % 4}, "test labels from 0 to 3"),
+        ({"test_labels": np.arange(60) % 3 - 1}, "test labels from -1 to 1"),
+        ({"train_labels": np.arange(120) % 3 - 1}, "train labels from -1 to 1"),
+        ({"val_labels": np.arange(60) % 9}, "val labels from 0 to 8"),
+        (images_like("train", dtype=np.float32), "train_images float32"),
+        (images_like("test", dtype=np.float64), "test_images float64"),
+        (images_like("train", dtype=np.uint16), "train_images uint16"),
+        (images_like("test", shape=(8, 8, 3)), r"images of mixed shapes [(8, 8, 1), (8, 8, 3)]"),
+        (images_like("val", shape=(9, 9, 1)), r"images of mixed shapes [(8, 8, 1), (9, 9, 1)]"),
+        ({**images_like("train", shape=(8, 8, 2)), **images_like("test", shape=(8, 8, 2))}, "mixed shapes"),
+        ({"train_images": np.zeros((120, 64), np.uint8)}, "train_images uint8 (2, 64)"),
+        ({"train_labels": np.arange(120) % 2 * 2}, "no training image of class 1"),
+        ({"train_labels": np.zeros((120, 2), np.int64)}, "train_labels int64 (120, 2)"),
+        ({"train_labels": np.arange(120) % 3 / 2}, "train_labels float64 (120,)"),
+        ({"test_labels": np.zeros((0, 1), np.int64), "test_images": np.zeros((0, 8, 8, 1), np.uint8)}, "no test"),
+        ({"train_images": np.array([None] * 120)}, "train_images as object objects"),
+        ({"train_labels": np.array([0, 1, 2] * 40, dtype=object)}, "train_labels as object objects"),
+        ({"train_images": np.asfortranarray(np.zeros((120, 8, 8, 1), np.uint8))}, "train_images as uint8"),
+    ],
+)
+def test_unusable_arrays_are_refused_with_what_was_found(
+    tmp_path: Path, changes: dict[str, np.ndarray], found: str
+) -> None:
+    path = write_npz(tmp_path / "a.npz", **changes)
+    message = refusal(path)
+    assert str(path) in message
+    assert found in message
+
+
+@pytest.mark.parametrize("split", ["train", "val", "test"])
+@pytest.mark.parametrize("n", [7, 500])
+def test_other_numbers_of_images_than_labels_are_refused(tmp_path: Path, split: str, n: int) -> None:
+    path = write_npz(tmp_path / "a.npz", **{f"{split}_images": np.zeros((n, 8, 8, 1), np.uint8)})
+    message = refusal(path)
+    assert str(path) in message
+    assert f"{split}_images" in message
+
+
+def test_two_channels_are_refused(tmp_path: Path) -> None:
+    path = write_npz(tmp_path / "a.npz", channels=2)
+    assert "images of 8×8 with 2 channels" in refusal(path)
+
+
+@pytest.mark.parametrize("missing", ["train_images", "train_labels", "test_images", "test_labels", "val_images"])
+def test_missing_arrays_are_refused_by_name(tmp_path: Path, missing: str) -> None:
+    with np.load(write_npz(tmp_path / "a.npz")) as arrays:
+        np.savez(tmp_path / "b.npz", **{key: value for key, value in arrays.items() if key != missing})
+    message = refusal(tmp_path / "b.npz")
+    assert str(tmp_path / "b.npz") in message
+    assert missing in message
+
+
+# MedMNIST
+
+
+@pytest.mark.parametrize(("flag", "name"), [("retinamnist", "RetinaMNIST"), ("breastmnist", "BreastMNIST")])
+def test_medmnist_sets_equal_the_official_loader(real_data: Path, flag: str, name: str) -> None:
+    import medmnist
+
+    source = open_source(DataConfig(source=f"medmnist:{flag}", root=str(real_data), download=False))
+    info, _ = inspect(source)
+    for split in ("train", "val", "test"):
+        official = getattr(medmnist, name)(split=split, root=str(real_data), download=False)
+        images = source.images(split)  # type: ignore[arg-type]
+        assert np.array_equal(images.squeeze(), official.imgs.squeeze())
+        assert np.array_equal(source.labels(split), official.labels[:, 0])  # type: ignore[arg-type]
+        assert images.shape[1:] == source.image_shape() == (28, 28, info.channels)
+    assert info.channels == medmnist.INFO[flag]["n_channels"]
+    assert info.class_names == [medmnist.INFO[flag]["label"][str(y)] for y in range(info.classes)]
+
+
+def test_a_medmnist_file_of_another_checksum_is_refused(real_data: Path, tmp_path: Path) -> None:
+    from medmnist import INFO
+
+    path = tmp_path / "breastmnist.npz"
+    shutil.copyfile(real_data / "breastmnist.npz", path)
+    path.chmod(0o644)
+    with path.open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(DataInvalidError) as error:
+        open_source(DataConfig(source="medmnist:breastmnist", root=str(tmp_path), download=False))
+    assert str(path) in str(error.value)
+    assert INFO["breastmnist"]["MD5"] in str(error.value)
+
+
+@pytest.mark.parametrize(("size", "suffix"), [(28, ""), (128, "_128")])
+def test_a_missing_medmnist_file_is_told_with_path_and_checksum(tmp_path: Path, size: int, suffix: str) -> None:
+    from medmnist import INFO
+
+    with pytest.raises(DataMissingError) as error:
+        open_source(
+            DataConfig.model_validate(
+                {"source": "medmnist:pathmnist", "root": str(tmp_path), "download": False, "size": size}
+            )
+        )
+    assert str(tmp_path / f"pathmnist{suffix}.npz") in str(error.value)
+    assert INFO["pathmnist"][f"MD5{suffix}"] in str(error.value)
+
+
+# CIFAR-10
+
+
+def test_missing_cifar10_is_told_with_its_checksum(tmp_path: Path) -> None:
+    with pytest.raises(DataMissingError) as error:
+        open_source(DataConfig(source="cifar10", root=str(tmp_path), download=False))
+    assert str(tmp_path) in str(error.value)
+    assert "c58f30108f718f92721af3b95e74349a" in str(error.value)
+
+
+def test_cifar10_batches_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import CIFAR10
+
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    pixels = np.random.RandomState(0).randint(0, 256, (20, 3, 32, 32)).astype(np.uint8)
+
+    def batch(name: str, chosen: slice) -> list[list[str]]:
+        labels = (np.arange(20) % 10).tolist()[chosen]
+        content = pickle.dumps({"data": pixels[chosen].reshape(-1, 3072), "labels": labels})
+        (folder / name).write_bytes(content)
+        return [[name, hashlib.md5(content).hexdigest()]]
+
+    meta = pickle.dumps({"label_names": list("abcdefghij")})
+    (folder / "batches.meta").write_bytes(meta)
+    monkeypatch.setattr(CIFAR10, "train_list", batch("train", slice(0, 10)))
+    monkeypatch.setattr(CIFAR10, "test_list", batch("test", slice(10, 20)))
+    monkeypatch.setattr(
+        CIFAR10,
+        "meta",
+        {"filename": "batches.meta", "key": "label_names", "md5": hashlib.md5(meta).hexdigest()},
+    )
+    source = open_source(DataConfig(source="cifar10", root=str(tmp_path), download=False))
+    info, labels = inspect(source)
+    assert (info.resolution, info.channels, info.classes) == (32, 3, 10)
+    assert labels.tolist() == list(range(10))
+    assert source.labels("val").size == 0
+    assert np.array_equal(source.images("train", np.array([4, 1])), pixels[[4, 1]].transpose(0, 2, 3, 1))
+    assert np.array_equal(source.images("test"), pixels[10:].transpose(0, 2, 3, 1))
+
+
+# Image folders
+
+
+def write_folder(
+    root: Path, *, mode: str = "L", side: int = 8, n: int = 3, splits: tuple[str, ...] = ("train", "test")
+) -> Path:
+    """Class y's images have the value 60 y + 10 i; in RGB that is the first channel."""
+    for split in splits:
+        for y, name in enumerate(("cat", "dog")):
+            (root / split / name).mkdir(parents=True)
+            for i in range(n):
+                value = 60 * y + 10 * i
+                Image.new(mode, (side, side), value if mode == "L" else (value, 1, 2)).save(
+                    root / split / name / f"{i}.png"
+                )
+    return root
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
+def test_image_folder_reads_classes_and_pixels(tmp_path: Path, mode: str, channels: int) -> None:
+    source = source_at(write_folder(tmp_path, mode=mode))
+    info, labels = inspect(source)
+    assert (info.class_names, info.resolution, info.channels) == (["cat", "dog"], 8, channels)
+    assert labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert info.counts == {"train": [3, 3], "val": [0, 0], "test": [3, 3]}
+    images = source.images("train", np.array([5, 0, 0, 1]))
+    assert images.shape == (4, 8, 8, channels)
+    assert images.dtype == np.uint8
+    assert images[:, 3, 3, 0].tolist() == [80, 0, 0, 10]
+    if channels == 3:
+        assert (images[..., 1:] == (1, 2)).all()
+
+
+def test_one_coloured_image_makes_a_folder_rgb(tmp_path: Path) -> None:
+    write_folder(tmp_path, splits=("train", "val", "test"))
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(tmp_path / "val" / "cat" / "0.png")
+    source = source_at(tmp_path)
+    info, _ = inspect(source)
+    assert info.channels == 3
+    assert source.images("train")[1, 0, 0].tolist() == [10, 10, 10]
+    assert source.images("val")[0, 0, 0].tolist() == [1, 2, 3]
+    assert info.counts["val"] == [3, 3]
+
+
+def test_image_folder_resizes_mixed_shapes(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    Image.new("L", (30, 20), 77).save(tmp_path / "test" / "dog" / "2.png")
+    message = refusal(tmp_path)
+    assert str(tmp_path) in message
+    assert "mixed shapes [(8, 8), (30, 20)]" in message
+    source = source_at(tmp_path, resolution=16)
+    info, _ = inspect(source)
+    assert info.resolution == 16
+    assert source.images("test").shape == (6, 16, 16, 1)
+    assert (source.images("test")[5] == 77).all()
+
+
+def test_image_folder_resizes_as_array_files_do(tmp_path: Path) -> None:
+    write_folder(tmp_path, n=1)
+    picture = np.random.RandomState(0).randint(0, 256, (20, 8, 3)).astype(np.uint8)
+    Image.fromarray(picture).save(tmp_path / "train" / "cat" / "0.png")
+    images = ImageFolder(tmp_path, 5).images("train", np.array([0]))
+    assert np.array_equal(images, resize_batch(picture[None], 5))
+
+
+def test_sixteen_bit_grey_images_keep_their_contrast_or_are_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path, n=1)
+    ramp = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            Image.fromarray(ramp).save(tmp_path / split / name / "0.png")
+    source = source_at(tmp_path)
+    try:
+        inspect(source)
+        pixels = source.images("train")[0, :, :, 0]
+    except DataInvalidError as error:
+        assert "I;16" in str(error)
+        return
+    assert np.abs(pixels.astype(int) - ramp // 256).max() <= 1
+
+
+def test_an_image_that_is_none_is_refused_by_name(tmp_path: Path) -> None:
+    file = write_folder(tmp_path) / "test" / "dog" / "1.png"
+    file.write_bytes(b"not an image")
+    assert str(file) in refusal(tmp_path)
+
+
+def test_a_truncated_image_is_refused_by_name(tmp_path: Path) -> None:
+    file = write_folder(tmp_path, side=64) / "train" / "cat" / "1.png"
+    noise = np.random.RandomState(0).randint(0, 256, (64, 64)).astype(np.uint8)
+    Image.fromarray(noise).save(file)
+    file.write_bytes(file.read_bytes()[:2000])
+    with pytest.raises(DataInvalidError, match="an intact image file") as error:
+        source_at(tmp_path).images("train")
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+def test_damaged_images_are_read_or_refused_by_name(tmp_path: Path, suffix: str) -> None:
+    write_folder(tmp_path, n=1, side=180)
+    file = tmp_path / "train" / "cat" / f"0.{suffix}"
+    (tmp_path / "train" / "cat" / "0.png").unlink()
+    noise = np.random.RandomState(0).randint(0, 256, (180, 180, 3)).astype(np.uint8)
+    Image.fromarray(noise).save(file)
+    content = file.read_bytes()
+    # The header, spots all over, and every chunk's length and name.
+    starts = [i for i in range(len(content)) if content[i : i + 4] in (b"IHDR", b"IDAT", b"IEND")]
+    places = {*range(0, 48, 3), *range(0, len(content), len(content) // 12), *(s + d for s in starts for d in (-3, 1))}
+    refused, crashed = 0, []
+    for place in sorted(places):
+        spoilt = bytearray(content)
+        spoilt[place] ^= 0x15
+        file.write_bytes(spoilt)
+        try:
+            source_at(tmp_path, resolution=8).images("train")
+        except DataInvalidError as error:
+            assert str(file) in str(error)
+            refused += 1
+        except Exception as error:  # noqa: BLE001
+            crashed.append((place, repr(error)[:80]))
+    assert refused
+    assert not crashed, f"{len(crashed)} damages ended otherwise: {crashed[:5]}"
+
+
+def test_a_stranger_folder_in_test_is_refused(tmp_path: Path) -> None:
+    (write_folder(tmp_path) / "test" / "horse").mkdir()
+    message = refusal(tmp_path)
+    assert "horse" in message
+    assert str(tmp_path / "test") in message
+
+
+def test_a_class_without_training_images_is_refused_by_name(tmp_path: Path) -> None:
+    for file in (write_folder(tmp_path) / "train" / "dog").iterdir():
+        file.unlink()
+    assert "no training image of class dog" in refusal(tmp_path)
+
+
+def test_folders_without_splits_or_classes_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    assert "subfolders train and test" in refusal(tmp_path)
+    (tmp_path / "test").mkdir()
+    assert "one folder a class" in refusal(tmp_path)
