@@ -243,7 +243,7 @@ class ClassifierConfig(Section):
     in_memory_mb: int = Field(4096, ge=0)
     """A training set up to this size is held in each worker as uint8; a larger one is streamed."""
     precision: Precision = "auto"
-    """Arithmetic of training; auto: bf16 on GPUs that have it, else fp32."""
+    """Arithmetic of training; auto: bf16 where the hardware has it, else fp32."""
 
 
 class WorkerResources(Section):

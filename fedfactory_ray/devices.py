@@ -35,16 +35,16 @@ def seed_process(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def resolve_precision(precision: Precision, device: torch.device, *, cpu_bf16: bool = True) -> str:
+def resolve_precision(precision: Precision, device: torch.device) -> str:
     """`fp32`, `bf16` or `fp16`: `auto` takes bf16 where the hardware computes in it.
 
-    On CPUs that is AVX512-BF16 or AMX; others emulate bf16 slowly. `cpu_bf16=False` keeps `auto` at fp32 on CPUs.
+    On CPUs that means AVX512-BF16 or AMX; others emulate bf16 slowly.
     """
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    capabilities = torch.cpu.get_capabilities() if cpu_bf16 else {}
+    capabilities = torch.cpu.get_capabilities()
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 

@@ -89,7 +89,7 @@ def run(config: Config, console: Console) -> Report:
         try:
             connect()
             plan = make_plan(config.resources)
-            info, labels = _unwrap(_inspect.remote(config))
+            info, labels = ray.get(_inspect.remote(config))
             config.generator.check_resolution(info.resolution)
             partition = make_partition(config.partition, labels, info.classes, config.seed)
             storage = Storage(config.storage.uri).within(name)
@@ -103,6 +103,11 @@ def run(config: Config, console: Console) -> Report:
         except KeyboardInterrupt:
             status = "KILLED"
             raise
+        except ray.exceptions.RayError as error:
+            refusal = find_refusal(error)
+            if refusal is None:
+                raise
+            raise refusal from None
         finally:
             if not logged.cancel() and logged.exception() is None:
                 logged.result().end(status)
@@ -110,14 +115,14 @@ def run(config: Config, console: Console) -> Report:
     return report
 
 
-def _unwrap(reference: ray.ObjectRef) -> Any:
-    """A task's result; its own errors come without Ray's wrapping."""
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, FedFactoryError):
-            raise error.cause from None
-        raise
+def find_refusal(error: BaseException | None) -> FedFactoryError | None:
+    """The refusal of a task or actor inside Ray's wrappings of it, if there is one."""
+    while error is not None:
+        cause = getattr(error, "cause", None) or error.__cause__
+        if isinstance(cause, FedFactoryError) and not isinstance(cause, ray.exceptions.RayError):
+            return cause
+        error = cause
+    return None
 
 
 def _save_partition(storage: Storage, partition: Partition) -> None:
@@ -227,7 +232,7 @@ def _run_phases(
             plots.GRID_COLUMNS,
         )
         drawn = ray.get(previews.remote(storage, manifest, plots.GRID_COLUMNS))
-        result = _unwrap(reference)
+        result = ray.get(reference)
     report.evaluations = result.evaluations
     storage.write_json("evaluation.json", {m: e.scalars() for m, e in result.evaluations.items()})
 

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from fedfactory_ray.config import parse
 from fedfactory_ray.errors import FedFactoryError
+from fedfactory_ray.presets import PRESETS
 
 
 def main() -> int:
@@ -19,6 +20,8 @@ def main() -> int:
         if options.print_config:
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
             return 0
+        if not PRESETS[options.preset].verified:
+            console.print(f"note: preset {options.preset} has not been run on its hardware yet", highlight=False)
         from fedfactory_ray import pipeline  # heavy imports only once the configuration stands
 
         report = pipeline.run(config, console)

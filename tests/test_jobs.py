@@ -1,0 +1,78 @@
+"""jobs/run.py as a person starts it: another process, a terminal or none, Ctrl-C."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlflow
+from conftest import write_npz
+
+RUN = Path(__file__).parents[1] / "jobs" / "run.py"
+SMALL = """
+generator: {channels: [8, 16], min_steps: STEPS, max_steps: STEPS, batch_size: 16}
+sampler: {evaluations: 4}
+synthesis: {images_per_class: 16, batch_size: 8, unit_size: 8}
+classifier: {epochs: 1, batch_size: 16}
+baselines: []
+name: small
+"""
+
+
+def start(folder: Path, *arguments: str, steps: int = 10) -> subprocess.Popen[str]:
+    (folder / "small.yaml").write_text(SMALL.replace("STEPS", str(steps)))
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    return subprocess.Popen(
+        [sys.executable, str(RUN), "--config", "small.yaml", *arguments],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def test_the_job_ends_with_a_table_and_a_line_that_tells_how_to_browse(tmp_path: Path) -> None:
+    write_npz(tmp_path / "stripes.npz", n=30)
+    job = start(tmp_path, "--data.source", "stripes.npz")
+    out, err = job.communicate(timeout=400)
+    assert job.returncode == 0, err
+    assert "accuracy, fedfactory" in out
+    assert "browse      mlflow ui --backend-store-uri sqlite:///mlflow.db" in out
+    assert len(out.splitlines()) < 60
+    assert err.strip() == ""
+    assert (tmp_path / "runs" / "small" / "evaluation.json").exists()
+
+
+def test_a_missing_file_is_refused_with_its_path_and_checksum(tmp_path: Path) -> None:
+    job = start(tmp_path, "--data.source", "medmnist:bloodmnist", "--data.root", "here", "--data.no-download")
+    _, err = job.communicate(timeout=200)
+    assert job.returncode == 2
+    assert "bloodmnist.npz" in err
+    assert "expected MD5: 7053d0359d879ad8a5505303e11de1dc" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
+    write_npz(tmp_path / "stripes.npz", n=30)
+    job = start(tmp_path, "--data.source", "stripes.npz", steps=100_000)
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    waited = time.monotonic()
+    while not (tmp_path / "runs" / "small" / "partition.json").exists():
+        assert job.poll() is None
+        assert time.monotonic() - waited < 200
+        time.sleep(0.5)
+    time.sleep(15)  # into the training of modules
+    os.kill(job.pid, signal.SIGINT)
+    _, err = job.communicate(timeout=100)
+    assert job.returncode == 130
+    assert "The same command goes on from here" in err
+    assert "Traceback" not in err
+    runs = mlflow.MlflowClient(store).search_runs(["1"])
+    assert {run.info.status for run in runs} == {"KILLED"}
