@@ -135,7 +135,7 @@ def test_a_module_holds_the_statistics_of_its_class(trained: Denoiser) -> None:
     assert trained.standardise(images).square().mean().sqrt().item() == pytest.approx(0.5, rel=1e-4)
 
 
-@pytest.mark.parametrize("n", [1, 2, 5])
+@pytest.mark.parametrize("n", [1, 5])
 @pytest.mark.parametrize("prediction", ["residual", "gaussian"])
 def test_classes_of_a_few_images_train(n: int, prediction: str) -> None:
     _, denoiser = train(tiny(min_steps=3, max_steps=3, prediction=prediction), 0, class_images()[:n])
@@ -228,9 +228,9 @@ def test_drawing_is_a_function_of_the_seed(trained: Denoiser, solver: str, preci
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("n", [1, 5, 6, 7, 12])
+@pytest.mark.parametrize("n", [1, 6, 7])
 def test_the_first_images_do_not_depend_on_how_many_are_drawn(trained: Denoiser, n: int, precision: str) -> None:
-    most = draw(trained, 20, precision=precision)
+    most = draw(trained, 14, precision=precision)
     assert np.array_equal(draw(trained, n, precision=precision), most[:n])
 
 
@@ -249,7 +249,7 @@ def test_all_images_differ(trained: Denoiser) -> None:
 
 
 def test_noise_belongs_to_the_image_and_not_to_its_place_in_a_batch(trained: Denoiser) -> None:
-    six, ten = draw(trained, 20, batch_size=6), draw(trained, 20, batch_size=10)
+    six, ten = draw(trained, 12, batch_size=6), draw(trained, 12, batch_size=10)
     # Kernels may round differently for another batch size, by a grey level, but the images are the same.
     assert np.abs(six.astype(int) - ten.astype(int)).max() <= 1
 
