@@ -231,7 +231,7 @@ def _run_phases(
             {m: c.folder for m, c in classifiers.items()},
             plots.GRID_COLUMNS,
         )
-        drawn = ray.get(previews.remote(storage, manifest, plots.GRID_COLUMNS))
+        drawn = ray.get(previews.remote(storage, manifest, task.image_shape, plots.GRID_COLUMNS))
         result = ray.get(reference)
     report.evaluations = result.evaluations
     storage.write_json("evaluation.json", {m: e.scalars() for m, e in result.evaluations.items()})

@@ -179,13 +179,6 @@ def test_modules_are_float32_whatever_they_were_trained_in(precision: str) -> No
     assert {tensor.dtype for tensor in denoiser.state_dict().values()} == {torch.float32}
 
 
-def test_precision_is_that_of_each_training() -> None:
-    """Also where one process trains two modules."""
-    configs = [tiny(precision=precision, min_steps=5, max_steps=5) for precision in ("fp32", "bf16", "fp32")]
-    first, other, again = (pack(train(config)[1], half=False) for config in configs)
-    assert first == again != other
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.floats(0, 0.9999), st.integers(0, 10_000), st.floats(-5, 5), st.floats(-5, 5))
 def test_weights_are_averaged_with_a_decay_that_ramps_up(decay: float, count: int, old: float, new: float) -> None:

@@ -260,7 +260,7 @@ def images_like(split: str, **changes: object) -> dict[str, np.ndarray]:
         (images_like("test", shape=(8, 8, 3)), r"images of mixed shapes [(8, 8, 1), (8, 8, 3)]"),
         (images_like("val", shape=(9, 9, 1)), r"images of mixed shapes [(8, 8, 1), (9, 9, 1)]"),
         ({**images_like("train", shape=(8, 8, 2)), **images_like("test", shape=(8, 8, 2))}, "mixed shapes"),
-        ({"train_images": np.zeros((120, 64), np.uint8)}, "train_images uint8 (2, 64)"),
+        ({"train_images": np.zeros((120, 64), np.uint8)}, "train_images uint8 (120, 64)"),
         ({"train_labels": np.arange(120) % 2 * 2}, "no training image of class 1"),
         ({"train_labels": np.zeros((120, 2), np.int64)}, "train_labels int64 (120, 2)"),
         ({"train_labels": np.arange(120) % 3 / 2}, "train_labels float64 (120,)"),

@@ -8,20 +8,23 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import torch
 from torch import Tensor
 
 from fedfactory_ray.storage import Storage
+from fedfactory_ray.synthesis.shard import images_of
 from fedfactory_ray.synthesis.synthesize import Shard
 
 FILES_PER_TASK = 16
-ORDER = ("index", "unit", "client", "label")
+ORDER = ("label", "client", "unit", "index")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set. Columns: image (uint8 H×W×C), label, client, unit, index; `digest` names its content."""
+    """A data set. Columns: image (flat uint8), label, client, unit, index; `digest` names its content."""
 
     dataset: ray.data.Dataset
     digest: str
@@ -29,21 +32,14 @@ class Rows:
     unit_size: int
 
 
-def validates(columns: dict[str, np.ndarray], unit_size: int, fraction: float) -> np.ndarray:
-    """Which rows validate, bool (n,): of each client's images of a class, every (1/fraction)-th.
+def keep_side(table: pa.Table, unit_size: int, fraction: float, validation: bool) -> pa.Table:
+    """The training or the validation rows: of each client's images of a class, every (1/fraction)-th validates.
 
     A row's side depends on its own place alone, so it stays when other rows come or go.
     """
     period = round(1 / fraction)
-    return (columns["unit"] * unit_size + columns["index"]) % period == period - 1
-
-
-def keep_side(
-    columns: dict[str, np.ndarray], unit_size: int, fraction: float, validation: bool
-) -> dict[str, np.ndarray]:
-    """The training or the validation rows of a batch of columns."""
-    chosen = validates(columns, unit_size, fraction) == validation
-    return {name: column[chosen] for name, column in columns.items()}
+    place = table["unit"].to_numpy() * unit_size + table["index"].to_numpy()
+    return table.filter(pa.array((place % period == period - 1) == validation))
 
 
 def shard_rows(storage: Storage, manifest: list[Shard], digest: str, unit_size: int) -> Rows:
@@ -57,10 +53,9 @@ def shard_rows(storage: Storage, manifest: list[Shard], digest: str, unit_size: 
     return Rows(dataset, digest, sum(shard.n for shard in manifest), unit_size)
 
 
-def read_columns(rows: Any) -> dict[str, np.ndarray]:
-    """All rows of a worker's data set shard, as columns in memory."""
-    batches = [batch for batch in rows.iter_batches(batch_size=None, batch_format="numpy") if len(batch["label"])]
-    return {name: np.concatenate([batch[name] for batch in batches]) for name in (*ORDER, "image")}
+def read_table(rows: Any) -> pa.Table:
+    """All rows of a worker's data set shard, in memory."""
+    return pa.concat_tables(rows.iter_batches(batch_size=None, batch_format="pyarrow")).combine_chunks()
 
 
 class Batches(Protocol):
@@ -77,10 +72,12 @@ class Batches(Protocol):
 class HeldBatches:
     """Rows held as uint8, in an order that depends on what they are and not on how they came."""
 
-    def __init__(self, columns: dict[str, np.ndarray], batch_size: int, seed: int, rank: int, world: int) -> None:
-        order = np.lexsort([columns[name] for name in ORDER])
-        self.images = torch.from_numpy(columns["image"][order])
-        self.labels = torch.from_numpy(columns["label"][order].astype(np.int64))
+    def __init__(
+        self, table: pa.Table, shape: tuple[int, int, int], batch_size: int, seed: int, rank: int, world: int
+    ) -> None:
+        order = pc.sort_indices(table, sort_keys=[(name, "ascending") for name in ORDER]).to_numpy()
+        self.images = torch.from_numpy(images_of(table, shape)[order])
+        self.labels = torch.from_numpy(table["label"].to_numpy()[order].astype(np.int64))
         self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
 
     def epoch(self, epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
@@ -99,8 +96,8 @@ class HeldBatches:
 class StreamedBatches:
     """Rows read anew each epoch, for what does not fit: shuffled within a buffer of 16 batches."""
 
-    def __init__(self, rows: Any, batch_size: int, seed: int, steps: int) -> None:
-        self.rows, self.batch_size, self.seed, self.steps = rows, batch_size, seed, steps
+    def __init__(self, rows: Any, shape: tuple[int, int, int], batch_size: int, seed: int, steps: int) -> None:
+        self.rows, self.shape, self.batch_size, self.seed, self.steps = rows, shape, batch_size, seed, steps
 
     def epoch(self, epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """See Batches; all workers take the same number of training steps."""
@@ -111,9 +108,9 @@ class StreamedBatches:
                 "local_shuffle_seed": self.seed + epoch,
                 "drop_last": True,
             }
-        for step, batch in enumerate(
-            self.rows.iter_batches(batch_size=self.batch_size, batch_format="numpy", **shuffle)
-        ):
+        batches = self.rows.iter_batches(batch_size=self.batch_size, batch_format="pyarrow", **shuffle)
+        for step, batch in enumerate(batches):
             if epoch is not None and step == self.steps:
                 return
-            yield torch.as_tensor(batch["image"]), torch.as_tensor(batch["label"]).long()
+            labels = torch.tensor(batch["label"].to_numpy())
+            yield torch.tensor(images_of(batch, self.shape)), labels.long()

@@ -28,7 +28,7 @@ from fedfactory_ray.classification.rows import (
     Rows,
     StreamedBatches,
     keep_side,
-    read_columns,
+    read_table,
 )
 from fedfactory_ray.cluster import Worker
 from fedfactory_ray.config import ClassifierConfig, Config
@@ -46,6 +46,11 @@ class Task:
     classes: int
     channels: int
     resolution: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return self.resolution, self.resolution, self.channels
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,7 @@ def fit(
             name: rows.dataset.map_batches(
                 keep_side,
                 fn_kwargs={"unit_size": rows.unit_size, "fraction": fraction, "validation": side},
+                batch_format="pyarrow",
             )
             for name, side in sides.items()
         }
@@ -239,7 +245,7 @@ def _fit_on_worker(settings: dict[str, Any]) -> None:
     precision = resolve_precision(recipe.precision, device)
     seed = derive_seed(config.seed, "classifier")
 
-    training, validation = _batches(config, settings, seed, rank, world)
+    training, validation = _batches(config, task, settings, seed, rank, world)
     seed_process(seed)
     network = make_classifier(recipe.model, task.channels, task.classes, task.resolution).to(device)
     optimizer = make_optimizer(recipe, network)
@@ -315,7 +321,9 @@ def _fit_on_worker(settings: dict[str, Any]) -> None:
             ray.train.report(report)
 
 
-def _batches(config: Config, settings: dict[str, Any], seed: int, rank: int, world: int) -> tuple[Batches, Batches]:
+def _batches(
+    config: Config, task: Task, settings: dict[str, Any], seed: int, rank: int, world: int
+) -> tuple[Batches, Batches]:
     """Training and validation batches of a worker: held where the data sets are not split among workers."""
     size, unit_size, fraction = (
         config.classifier.batch_size,
@@ -323,13 +331,13 @@ def _batches(config: Config, settings: dict[str, Any], seed: int, rank: int, wor
         config.classifier.validation_fraction,
     )
     if settings["held"]:
-        columns = read_columns(ray.train.get_dataset_shard("rows"))
-        sides = (keep_side(columns, unit_size, fraction, validation) for validation in (False, True))
-        training, validation = (HeldBatches(side, size, seed, rank, world) for side in sides)
+        table = read_table(ray.train.get_dataset_shard("rows"))
+        sides = (keep_side(table, unit_size, fraction, validation) for validation in (False, True))
+        training, validation = (HeldBatches(side, task.image_shape, size, seed, rank, world) for side in sides)
         return training, validation
     return (
-        StreamedBatches(ray.train.get_dataset_shard("train"), size // world, seed, settings["steps"]),
-        StreamedBatches(ray.train.get_dataset_shard("validation"), size, seed, settings["steps"]),
+        StreamedBatches(ray.train.get_dataset_shard("train"), task.image_shape, size // world, seed, settings["steps"]),
+        StreamedBatches(ray.train.get_dataset_shard("validation"), task.image_shape, size, seed, settings["steps"]),
     )
 
 

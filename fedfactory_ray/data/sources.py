@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import IO, Literal, Protocol
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -18,6 +21,7 @@ from fedfactory_ray.errors import DataInvalidError, DataMissingError
 from fedfactory_ray.seeds import random_state
 
 Split = Literal["train", "val", "test"]
+CHUNK_BYTES = 2**24
 
 
 class Source(Protocol):
@@ -147,42 +151,49 @@ class ArrayFile:
         self.path, self.resolution = str(path), resolution
         self.class_names = class_names or [str(y) for y in range(int(self.labels("train").max(initial=-1)) + 1)]
 
+    @contextmanager
+    def _open(self, key: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
+        """The stream of one array's values, its shape and dtype; a missing val split is an empty array."""
+        try:
+            with zipfile.ZipFile(self.path) as archive:
+                if f"{key}.npy" not in archive.namelist():
+                    if key.startswith("val_"):
+                        yield io.BytesIO(), (0,), np.dtype(np.uint8)
+                        return
+                    needed = "train_images, train_labels, test_images, test_labels"
+                    raise DataInvalidError(self.path, f"no array {key!r}", needed)
+                with archive.open(f"{key}.npy") as member:
+                    version = np.lib.format.read_magic(member)
+                    read = np.lib.format.read_array_header_1_0
+                    shape, fortran, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(member)
+                    if fortran or dtype.hasobject or not shape:
+                        found = f"{key} as {dtype} objects or in Fortran order"
+                        raise DataInvalidError(self.path, found, "a plain C-ordered array")
+                    yield member, shape, dtype
+        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+            raise DataInvalidError(self.path, f"a corrupt file ({key}: {error})", "an intact .npz file") from error
+
     def _read(self, key: str, indices: np.ndarray | None = None) -> np.ndarray:
         """Rows of one array; only those at `indices` are kept while the file is decompressed."""
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(f"{key}.npy") as member:
-                version = np.lib.format.read_magic(member)
-                header = (
-                    np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-                )
-                shape, fortran, dtype = header(member)
-                if fortran or dtype.hasobject:
-                    raise DataInvalidError(
-                        self.path, f"{key} as {dtype} objects or in Fortran order", "a plain C-ordered array"
-                    )
-                row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
-                if indices is None:
-                    indices = np.arange(shape[0])
-                rows = np.empty((len(indices), *shape[1:]), dtype)
-                wanted = np.argsort(indices, kind="stable")
-                position = 0
-                chunk_rows = max(1, 2**24 // max(row_bytes, 1))
-                for start in range(0, shape[0], chunk_rows):
-                    n = min(chunk_rows, shape[0] - start)
-                    chunk = np.frombuffer(member.read(n * row_bytes), dtype).reshape(n, *shape[1:])
-                    end = np.searchsorted(indices[wanted], start + n)
-                    here = wanted[position:end]
-                    rows[here] = chunk[indices[here] - start]
-                    position = int(end)
-                return rows
-        except KeyError:
-            if key.startswith("val_"):
-                return np.empty((0,), np.uint8)
-            raise DataInvalidError(
-                self.path, f"no array {key!r}", "train_images, train_labels, test_images, test_labels"
-            ) from None
-        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError) as error:
-            raise DataInvalidError(self.path, f"a corrupt file ({key}: {error})", "an intact .npz file") from error
+        with self._open(key) as (member, shape, dtype):
+            row_bytes = int(np.prod(shape[1:])) * dtype.itemsize
+            if indices is None:
+                indices = np.arange(shape[0])
+            if indices.size and not 0 <= indices.min() <= indices.max() < shape[0]:
+                found = f"{shape[0]} rows of {key}, asked for rows {indices.min()} to {indices.max()}"
+                raise DataInvalidError(self.path, found, "a row for every label")
+            rows = np.empty((len(indices), *shape[1:]), dtype)
+            wanted = np.argsort(indices, kind="stable")
+            position = 0
+            chunk_rows = max(1, CHUNK_BYTES // max(row_bytes, 1))
+            for start in range(0, shape[0], chunk_rows):
+                n = min(chunk_rows, shape[0] - start)
+                chunk = np.frombuffer(member.read(n * row_bytes), dtype).reshape(n, *shape[1:])
+                end = np.searchsorted(indices[wanted], start + n)
+                here = wanted[position:end]
+                rows[here] = chunk[indices[here] - start]
+                position = int(end)
+            return rows
 
     def labels(self, split: Split) -> np.ndarray:
         """See Source."""
@@ -194,6 +205,8 @@ class ArrayFile:
     def images(self, split: Split, indices: np.ndarray | None = None) -> np.ndarray:
         """See Source."""
         images = self._read(f"{split}_images", indices)
+        if not images.size:
+            return np.empty((0, *self.image_shape()), np.uint8)
         return resize_batch(images if images.ndim == 4 else images[..., None], self.resolution)
 
     def image_shape(self) -> tuple[int, int, int]:
@@ -202,14 +215,15 @@ class ArrayFile:
         splits: tuple[Split, ...] = ("train", "val", "test")
         for split in splits:
             n = len(self.labels(split))
-            if n == 0:
-                continue
-            images = self._read(f"{split}_images", np.array([0, n - 1]) if n else None)
-            if images.dtype != np.uint8 or images.ndim not in (3, 4):
-                raise DataInvalidError(
-                    self.path, f"{split}_images {images.dtype} {images.shape}", "uint8 (n, H, W[, C])"
-                )
-            shapes.add((*images.shape[1:3], images.shape[3] if images.ndim == 4 else 1))
+            with self._open(f"{split}_images") as (_, shape, dtype):
+                if shape[0] != n:
+                    found = f"{split}_images with {shape[0]} rows, {split}_labels with {n}"
+                    raise DataInvalidError(self.path, found, "a label for every image")
+                if n and (dtype != np.uint8 or len(shape) not in (3, 4)):
+                    found = f"{split}_images {dtype} {shape}"
+                    raise DataInvalidError(self.path, found, "uint8 (n, H, W[, C])")
+                if n:
+                    shapes.add((*shape[1:3], shape[3] if len(shape) == 4 else 1))
         if len(shapes) != 1:
             raise DataInvalidError(self.path, f"images of mixed shapes {sorted(shapes)}", "one shape in all splits")
         height, width, channels = shapes.pop()
@@ -239,6 +253,8 @@ class Cifar10:
 
     def images(self, split: Split, indices: np.ndarray | None = None) -> np.ndarray:
         """See Source."""
+        if split not in self._sets:
+            return np.empty((0, *self.image_shape()), np.uint8)
         images = self._sets[split].data
         return resize_batch(images if indices is None else images[indices], self.resolution)
 
@@ -288,7 +304,9 @@ class ImageFolder:
         for files in self._files.values():
             for file, _ in files:
                 with self._open(file) as image:
-                    modes.add("L" if image.mode in ("1", "L", "I;16") else "RGB")
+                    if image.mode.startswith(("I", "F")):
+                        raise DataInvalidError(file, f"pixels of mode {image.mode}", "8 bits a channel")
+                    modes.add("L" if image.mode in ("1", "L") else "RGB")
                     shapes.add(image.size)
         if self.resolution is None and len(shapes) > 1:
             raise DataInvalidError(
@@ -310,10 +328,10 @@ class ImageFolder:
             with self._open(files[i][0]) as image:
                 try:
                     pixels = image.convert(self._mode)
-                except OSError as error:
+                except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on damaged chunks
                     raise DataInvalidError(files[i][0], f"a broken image ({error})", "an intact image file") from error
             rows.append(np.atleast_3d(np.asarray(resize(pixels, self.resolution) if self.resolution else pixels)))
-        return np.stack(rows)
+        return np.stack(rows) if rows else np.empty((0, *self.image_shape()), np.uint8)
 
     def image_shape(self) -> tuple[int, int, int]:
         """See Source."""

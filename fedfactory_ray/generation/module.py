@@ -47,7 +47,7 @@ def load_weights(denoiser: Denoiser, weights: bytes, card: ModuleCard) -> None:
         raise refuse(f"SHA-256 {digest(weights)[:12]}…, its card says {card.sha256[:12]}…")
     try:
         found: dict[str, Tensor] = safetensors.torch.load(weights)
-    except safetensors.SafetensorError as error:
+    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype that torch has not
         raise refuse(f"not safetensors ({error})") from error
     expected = denoiser.state_dict()
     if found.keys() != expected.keys():

@@ -87,14 +87,14 @@ def train_denoiser(
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * warmup_cosine(step, steps, config.warmup)
-        batch = data[torch.randint(len(data), (config.batch_size,), generator=draw, device=device)]
+        batch = model.standardise(data[torch.randint(len(data), (config.batch_size,), generator=draw, device=device)])
         augmentation = None
         if symmetries > 1:
             augmentation = torch.randint(symmetries, (len(batch),), generator=draw, device=device)
             batch = augment(batch, augmentation)
         sigma = sample_sigma(len(batch), config.noise_mean, config.noise_std, draw)
         noise = torch.randn(batch.shape, generator=draw, device=device)
-        loss = model.loss(model.standardise(batch), sigma, noise, augmentation)
+        loss = model.loss(batch, sigma, noise, augmentation)
         optimizer.zero_grad()
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), config.grad_clip)

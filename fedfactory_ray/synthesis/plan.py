@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -27,12 +28,19 @@ class Unit:
 
 
 def quotas(counts: dict[str, int], total: int) -> dict[str, int]:
-    """Share `total` images among clients in proportion to `counts`, by largest remainder (ties: by name)."""
-    images = sum(counts.values())
-    shares = {client: total * n // images for client, n in counts.items()}
-    by_remainder = sorted(counts, key=lambda client: (-(total * counts[client] % images), client))
-    for client in by_remainder[: total - sum(shares.values())]:
+    """Share `total` images among clients in proportion to `counts`: Webster's method, ties by name.
+
+    Each image goes to the client with the largest count / (2 · quota + 1). So a larger total takes no image from
+    anybody, and when a client goes, the others only gain: what was drawn stays. Largest remainders do not keep that
+    (the Alabama paradox; Balinski and Young 1982, "Fair Representation").
+    """
+    shares = dict.fromkeys(counts, 0)
+    queue = [(-float(n), client) for client, n in counts.items() if n]
+    heapq.heapify(queue)
+    for _ in range(total):
+        _, client = queue[0]
         shares[client] += 1
+        heapq.heapreplace(queue, (-counts[client] / (2 * shares[client] + 1), client))
     return shares
 
 

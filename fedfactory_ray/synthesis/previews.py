@@ -12,11 +12,13 @@ from fedfactory_ray.synthesis.synthesize import Shard
 
 
 @ray.remote
-def previews(storage: Storage, manifest: list[Shard], most: int) -> dict[tuple[str, int], np.ndarray]:
+def previews(
+    storage: Storage, manifest: list[Shard], shape: tuple[int, int, int], most: int
+) -> dict[tuple[str, int], np.ndarray]:
     """The first `most` images of each (client, class), uint8 (n, H, W, C)."""
     shown = {}
     for shard in manifest:
         if shard.unit == 0:
             table = pq.read_table(storage.path(shard.file), filesystem=storage.filesystem, columns=["image"])
-            shown[shard.client, shard.label] = images_of(table.slice(0, most)).copy()
+            shown[shard.client, shard.label] = images_of(table.slice(0, most), shape).copy()
     return shown

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 
 import numpy as np
 import pyarrow as pa
@@ -12,6 +13,7 @@ from fedfactory_ray.storage import Storage
 from fedfactory_ray.synthesis.plan import Unit
 
 ROWS_DIGEST = b"fedfactory.rows_sha256"
+SHAPE = b"fedfactory.shape"
 
 
 def rows_digest(unit: Unit, images: np.ndarray) -> str:
@@ -20,16 +22,21 @@ def rows_digest(unit: Unit, images: np.ndarray) -> str:
     return hashlib.sha256(header.encode() + np.ascontiguousarray(images).tobytes()).hexdigest()
 
 
-def image_column(images: np.ndarray) -> pa.ExtensionArray:
-    """uint8 images (n, H, W, C) as an Arrow column of fixed-shape tensors."""
-    shape = images.shape[1:]
+def image_column(images: np.ndarray) -> pa.FixedSizeListArray:
+    """uint8 images (n, H, W, C) as an Arrow column of flat pixels, which pandas and Hugging Face datasets read too."""
     flat = pa.array(np.ascontiguousarray(images).reshape(-1))
-    storage = pa.FixedSizeListArray.from_arrays(flat, int(np.prod(shape)))
-    return pa.ExtensionArray.from_storage(pa.fixed_shape_tensor(pa.uint8(), shape), storage)
+    return pa.FixedSizeListArray.from_arrays(flat, int(np.prod(images.shape[1:])))
+
+
+def images_of(table: pa.Table, shape: tuple[int, int, int]) -> np.ndarray:
+    """Column `image` of a table as uint8 (n, H, W, C), read-only; `shape` is (H, W, C)."""
+    column = table.column("image").combine_chunks()
+    return column.flatten().to_numpy().reshape(-1, *shape)
 
 
 def to_table(unit: Unit, images: np.ndarray) -> pa.Table:
-    """Rows of a unit: image (uint8 tensor H×W×C), label, client, module (SHA-256), unit, index (in the unit)."""
+    """Rows of a unit: image (H·W·C uint8), label, client, module (SHA-256), unit, index (in the unit); the schema's
+    metadata holds the shape and the digest of the rows."""
     n = len(images)
     table = pa.table(
         {
@@ -41,12 +48,8 @@ def to_table(unit: Unit, images: np.ndarray) -> pa.Table:
             "index": pa.array(range(n), pa.int64()),
         }
     )
-    return table.replace_schema_metadata({ROWS_DIGEST: rows_digest(unit, images).encode()})
-
-
-def images_of(table: pa.Table) -> np.ndarray:
-    """Column `image` of a table as uint8 (n, H, W, C)."""
-    return table.column("image").combine_chunks().to_numpy_ndarray()
+    shape = json.dumps(images.shape[1:]).encode()
+    return table.replace_schema_metadata({ROWS_DIGEST: rows_digest(unit, images).encode(), SHAPE: shape})
 
 
 def write_shard(storage: Storage, unit: Unit, images: np.ndarray) -> str:
@@ -63,9 +66,12 @@ def verified_digest(storage: Storage, unit: Unit) -> str | None:
         return None
     try:
         table = pq.read_table(storage.path(unit.file), filesystem=storage.filesystem)
-    except pa.ArrowInvalid:
+        height, width, channels = json.loads(table.schema.metadata[SHAPE])
+        images = images_of(table, (height, width, channels))
+        expected = to_table(unit, images)
+        whole = (
+            table.num_rows == unit.n and table.equals(expected) and table.schema.metadata == expected.schema.metadata
+        )
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError):  # each a way of being torn
         return None
-    if table.num_rows != unit.n or ROWS_DIGEST not in (table.schema.metadata or {}):
-        return None
-    digest = rows_digest(unit, images_of(table))
-    return digest if digest.encode() == table.schema.metadata[ROWS_DIGEST] else None
+    return rows_digest(unit, images) if whole else None
