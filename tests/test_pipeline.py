@@ -73,9 +73,7 @@ def finished(cluster: None, folder: Path, data: Path) -> Finished:
     def forbidden(*_: Any) -> None:
         raise AssertionError("the driver opened the clients' images")
 
-    for name in ("open_source", "ArrayFile"):
-        patch.setattr(f"fedfactory_ray.data.sources.{name}", forbidden)
-    patch.setattr("fedfactory_ray.classification.prediction.open_source", forbidden)
+    patch.setattr("fedfactory_ray.data.sources.ArrayFile._read", forbidden)
     try:
         return run(small_config(folder, data), folder)
     finally:
@@ -123,7 +121,7 @@ def test_every_module_is_uploaded_once_and_counted(finished: Finished) -> None:
 def test_nothing_but_the_run_is_left_in_storage(finished: Finished) -> None:
     top = {path.name for path in finished.folder.iterdir()}
     assert top == {
-        *("config.json", "partition.json", "partition.parquet", "evaluation.json"),
+        *("config.json", "partition.json", "partition.parquet", "manifest.json", "evaluation.json"),
         *("modules", "synthetic", "classifier"),
     }
     assert not list(finished.folder.glob("**/*.tmp"))

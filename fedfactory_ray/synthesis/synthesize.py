@@ -18,7 +18,7 @@ from fedfactory_ray.storage import Storage
 from fedfactory_ray.synthesis.plan import Unit, make_units
 from fedfactory_ray.synthesis.shard import verified_digest
 
-MANIFEST = "synthetic/manifest.json"
+MANIFEST = "manifest.json"
 KEPT_MODULES = 2
 VERIFIED_AT_ONCE = 64
 
