@@ -82,10 +82,10 @@ SMALL_CLASSIFIER = {
     "shift": 0.12,
     "scale": 0.15,
     "rotate": 0.0,
-    "contrast": 0.3,
-    "tint": 0.2,
+    "contrast": 0.15,
+    "tint": 0.1,
     "blur": 0.7,
-    "noise": 0.35,
+    "noise": 0.375,
 }
 
 
@@ -103,8 +103,12 @@ def _small(source: str, **changes: dict[str, Any]) -> dict[str, Any]:
 
 PRESETS = {
     "digits": Preset("scikit-learn's handwritten digits, 10 silos; no download; two CPU cores", {}, verified=True),
-    "retinamnist-cpu": Preset("RetinaMNIST at 28×28, 5 silos; two CPU cores", _small("medmnist:retinamnist")),
-    "breastmnist-cpu": Preset("BreastMNIST at 28×28, 2 silos; two CPU cores", _small("medmnist:breastmnist")),
+    "retinamnist-cpu": Preset(
+        "RetinaMNIST at 28×28, 5 silos; two CPU cores", _small("medmnist:retinamnist"), verified=True
+    ),
+    "breastmnist-cpu": Preset(
+        "BreastMNIST at 28×28, 2 silos; two CPU cores", _small("medmnist:breastmnist"), verified=True
+    ),
     "bloodmnist-cpu": Preset(
         "BloodMNIST at 28×28, 8 silos; two CPU cores, half an hour", _small("medmnist:bloodmnist")
     ),

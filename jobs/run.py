@@ -26,7 +26,7 @@ def main() -> int:
 
         report = pipeline.run(config, console)
     except FedFactoryError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False)
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         Console(stderr=True).print("Stopped. The same command goes on from here.")

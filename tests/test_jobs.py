@@ -33,7 +33,7 @@ def start(folder: Path, *arguments: str, steps: int = 10) -> subprocess.Popen[st
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background jobs
     )
 
 
@@ -45,12 +45,12 @@ def test_the_job_ends_with_a_table_and_a_line_that_tells_how_to_browse(tmp_path:
     assert "accuracy, fedfactory" in out
     assert "browse      mlflow ui --backend-store-uri sqlite:///mlflow.db" in out
     assert len(out.splitlines()) < 60
-    assert err.strip() == ""
+    assert [line for line in err.splitlines() if "RAY_BACKEND_LOG_LEVEL" not in line] == []
     assert (tmp_path / "runs" / "small" / "evaluation.json").exists()
 
 
 def test_a_missing_file_is_refused_with_its_path_and_checksum(tmp_path: Path) -> None:
-    job = start(tmp_path, "--data.source", "medmnist:bloodmnist", "--data.root", "here", "--data.no-download")
+    job = start(tmp_path, "--data.source", "medmnist:bloodmnist", "--data.root", "here", "--no-data.download")
     _, err = job.communicate(timeout=200)
     assert job.returncode == 2
     assert "bloodmnist.npz" in err
