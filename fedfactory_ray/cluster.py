@@ -26,6 +26,8 @@ def connect(num_cpus: int | None = None) -> None:
     elif os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
+        # Threads that wait shall not burn the cores that others need.
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         # Ray's C++ side writes harmless errors into the terminal, and on few cores warns of many processes.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")

@@ -40,7 +40,7 @@ def make_rows() -> Rows:
 
 def config(workers: int, **classifier: object) -> Config:
     recipe = {"epochs": 4, "batch_size": 16, "checkpoint_every": 2, "shift": 0.0, **classifier}
-    resources = {"classifier_workers": workers, "classifier": {"num_cpus": 1 / workers}}
+    resources = {"classifier_workers": workers, "classifier": {"num_cpus": 1 / workers, "threads": 1}}
     return Config.model_validate({"classifier": recipe, "resources": resources})
 
 

@@ -18,6 +18,7 @@ generator: {channels: [8, 16], min_steps: STEPS, max_steps: STEPS, batch_size: 1
 sampler: {evaluations: 4}
 synthesis: {images_per_class: 16, batch_size: 8, unit_size: 8}
 classifier: {epochs: 1, batch_size: 16}
+resources: {classifier: {threads: 1}}
 baselines: []
 name: small
 """

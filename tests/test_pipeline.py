@@ -26,6 +26,7 @@ SMALL = {
     "sampler": {"evaluations": 6},
     "synthesis": {"images_per_class": 40, "batch_size": 8, "unit_size": 16},
     "classifier": {"epochs": 4, "batch_size": 16, "checkpoint_every": 2},
+    "resources": {"classifier": {"threads": 1}},
     "partition": {"scheme": "skew", "counts": [[40, 0, 10], [0, 25, 0], [0, 15, 30]]},
 }
 
@@ -202,7 +203,9 @@ def test_another_configuration_under_the_same_name_is_refused(finished: Finished
 
 
 def test_bytes_do_not_depend_on_the_number_of_actors(finished: Finished, data: Path, tmp_path: Path) -> None:
-    alone = run(small_config(tmp_path, data, resources={"max_actors": 1}, baselines=()), tmp_path)
+    alone = run(
+        small_config(tmp_path, data, resources={"max_actors": 1, "classifier": {"threads": 1}}, baselines=()), tmp_path
+    )
     for pattern in ("modules/**/*", "synthetic/**/*", "classifier/fedfactory/*", "partition.*"):
         files = [p for p in finished.folder.glob(pattern) if p.is_file()]
         assert files
