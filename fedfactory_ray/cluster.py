@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import ray
 
-from fedfactory_ray.config import ResourcesConfig, WorkerResources
 from fedfactory_ray.errors import ResourcesError
+from fedfactory_ray.sections import ResourcesConfig, WorkerResources
 
 DATA_CPUS = 1.0
 """CPUs that Ray Data needs beside the classifier's workers: its tasks ask for one, and with less they wait for ever."""

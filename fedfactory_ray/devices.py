@@ -8,7 +8,7 @@ import random
 import numpy as np
 import torch
 
-from fedfactory_ray.config import Precision, WorkerResources
+from fedfactory_ray.sections import Precision, WorkerResources
 
 
 def assigned_device(gpu_ids: list[int] | list[str]) -> torch.device:

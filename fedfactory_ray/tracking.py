@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 from fedfactory_ray.config import Config, flatten
@@ -103,6 +104,50 @@ class Run:
         self.client.set_terminated(self.id, status)
         if self.parent is not None:
             del self.parent.running_children[self.id]
+
+
+class ClientRun:
+    """The MLflow run of one client: loss curves while it trains, its modules and its picture at the end."""
+
+    FLUSH_SECONDS = 5.0
+
+    def __init__(self, parent: Future[Run], client: str) -> None:
+        self.parent, self.client = parent, client
+        self.run: Run | None = None
+        self.points: list[tuple[str, int, float]] = []
+        self.flushed = time.monotonic()
+
+    def progress(self, event: Any) -> None:
+        """Take a point of a loss curve (a client's `Progress`)."""
+        self.points.append((f"loss_class_{event.label}", event.step, event.loss))
+        if self.parent.done() and time.monotonic() - self.flushed > self.FLUSH_SECONDS:
+            self.flush()
+
+    def upload(self, event: Any) -> None:
+        """Take the seconds of a module (a client's `Upload`)."""
+        self.points.append((f"seconds_class_{event.card.label}", event.card.steps, event.seconds))
+
+    def flush(self) -> Run:
+        """Write the points so far; returns the run, which starts with the first of them."""
+        if self.run is None:
+            self.run = self.parent.result().child(self.client)
+        self.run.curves(self.points)
+        self.points, self.flushed = [], time.monotonic()
+        return self.run
+
+    def finish(self, cards: list[Any], grid: Figure) -> None:
+        """Log the client's modules and its picture, and end its run."""
+        run = self.flush()
+        run.metrics(
+            {
+                "images": sum(c.images for c in cards),
+                "uploaded_bytes": sum(c.size for c in cards),
+                "modules": len(cards),
+            }
+        )
+        run.json([vars(card) for card in cards], "modules.json")
+        run.figure(grid, "samples.png")
+        run.end()
 
 
 def start_run(config: Config, name: str) -> Run:

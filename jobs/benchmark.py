@@ -18,16 +18,18 @@ from rich.console import Console
 from rich.table import Table
 
 from fedfactory_ray.classification.evaluation import evaluate
+from fedfactory_ray.classification.models import Task
 from fedfactory_ray.classification.prediction import load_network, predict
 from fedfactory_ray.classification.rows import Rows
-from fedfactory_ray.classification.training import Task, fit
+from fedfactory_ray.classification.training import fit
 from fedfactory_ray.cluster import connect, make_plan
-from fedfactory_ray.config import Config, SamplerConfig
+from fedfactory_ray.config import Config
 from fedfactory_ray.data.sources import open_source
 from fedfactory_ray.devices import resolve_precision
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.generation.module import load_weights, make_denoiser
 from fedfactory_ray.generation.sampling import draw_images
+from fedfactory_ray.sections import SamplerConfig
 from fedfactory_ray.storage import Storage
 from fedfactory_ray.synthesis.plan import make_units
 from fedfactory_ray.synthesis.shard import to_table

@@ -7,7 +7,7 @@ import sys
 import yaml
 from rich.console import Console
 
-from fedfactory_ray.config import parse
+from fedfactory_ray.command_line import parse
 from fedfactory_ray.errors import FedFactoryError
 from fedfactory_ray.presets import PRESETS
 
@@ -22,7 +22,9 @@ def main() -> int:
             return 0
         if not PRESETS[options.preset].verified:
             console.print(f"note: preset {options.preset} has not been run on its hardware yet", highlight=False)
-        from fedfactory_ray import pipeline  # heavy imports only once the configuration stands
+        # Heavy imports only once the configuration stands.
+        from fedfactory_ray import pipeline
+        from fedfactory_ray.report import report_table
 
         report = pipeline.run(config, console)
     except FedFactoryError as error:
@@ -31,7 +33,7 @@ def main() -> int:
     except KeyboardInterrupt:
         Console(stderr=True).print("Stopped. The same command goes on from here.")
         return 130
-    console.print(pipeline.report_table(report))
+    console.print(report_table(report))
     console.print(f"run folder  {report.storage}", soft_wrap=True, highlight=False)
     console.print(f"classifier  {report.model_uri}", soft_wrap=True, highlight=False)
     console.print(f"browse      mlflow ui --backend-store-uri {report.tracking_uri}", soft_wrap=True, highlight=False)

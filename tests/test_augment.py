@@ -4,9 +4,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedfactory_ray.classification.augment import augment_batch
-from fedfactory_ray.classification.models import Predictor, make_classifier
-from fedfactory_ray.config import ClassifierConfig
+from fedfactory_ray.classification.models import Predictor, Task, make_classifier
 from fedfactory_ray.data.transforms import to_tensor
+from fedfactory_ray.sections import ClassifierConfig
 
 ALL = {
     "flips": "dihedral",
@@ -176,7 +176,7 @@ def test_noise_has_a_random_deviation_up_to_its_limit() -> None:
 )
 def test_networks_give_logits_for_every_shape(name: str, side: int, channels: int) -> None:
     torch.manual_seed(0)
-    network = make_classifier(name, channels, 5, side)
+    network = make_classifier(name, Task(5, channels, side))
     logits = network(images_of(3, channels, side))
     assert logits.shape == (3, 5)
     logits.square().sum().backward()
@@ -184,13 +184,15 @@ def test_networks_give_logits_for_every_shape(name: str, side: int, channels: in
 
 
 def test_the_small_network_has_the_size_it_tells() -> None:
-    assert sum(p.numel() for p in make_classifier("cnn", 3, 10, 28).parameters()) == pytest.approx(288e3, rel=0.01)
+    assert sum(p.numel() for p in make_classifier("cnn", Task(10, 3, 28)).parameters()) == pytest.approx(
+        288e3, rel=0.01
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_small_images_get_a_stem_that_keeps_their_resolution(channels: int) -> None:
     def side_after_stem(resolution: int) -> int:
-        network = make_classifier("resnet18", channels, 2, resolution)
+        network = make_classifier("resnet18", Task(2, channels, resolution))
         stem = torch.nn.Sequential(network.conv1, network.bn1, network.relu, network.maxpool)
         return int(stem(images_of(2, channels, resolution)).shape[-1])
 
@@ -201,7 +203,7 @@ def test_small_images_get_a_stem_that_keeps_their_resolution(channels: int) -> N
 @pytest.mark.parametrize("side", [8, 28])
 def test_the_predictor_equals_transform_network_and_softmax(channels: int, side: int) -> None:
     torch.manual_seed(0)
-    network = make_classifier("cnn", channels, 4, side).eval()
+    network = make_classifier("cnn", Task(4, channels, side)).eval()
     pixels = torch.randint(0, 256, (6, side, side, channels), dtype=torch.uint8)
     with torch.no_grad():
         found, expected = Predictor(network)(pixels), F.softmax(network(to_tensor(pixels)), 1)
@@ -212,7 +214,7 @@ def test_the_predictor_equals_transform_network_and_softmax(channels: int, side:
 
 def test_the_predictor_can_be_exported_for_any_number_of_images() -> None:
     torch.manual_seed(0)
-    predictor = Predictor(make_classifier("cnn", 1, 4, 8)).eval()
+    predictor = Predictor(make_classifier("cnn", Task(4, 1, 8))).eval()
     pixels = torch.randint(0, 256, (6, 8, 8, 1), dtype=torch.uint8)
     exported = torch.export.export(predictor, (pixels,), dynamic_shapes=({0: torch.export.Dim("n", min=1)},)).module()
     for n in (1, 2, 6):

@@ -10,8 +10,11 @@ import pyarrow.compute
 import pytest
 import ray
 
-from fedfactory_ray.classification.rows import HeldBatches, Rows, keep_side
-from fedfactory_ray.classification.training import Classifier, Epoch, Task, fit
+from fedfactory_ray.classification.batches import HeldBatches, keep_side
+from fedfactory_ray.classification.fitting import Epoch
+from fedfactory_ray.classification.models import Task
+from fedfactory_ray.classification.rows import Rows
+from fedfactory_ray.classification.training import Classifier, fit
 from fedfactory_ray.cluster import make_plan
 from fedfactory_ray.config import Config
 from fedfactory_ray.storage import Storage

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedfactory_ray.config import Config, flatten, make_config
+from fedfactory_ray.command_line import make_config
+from fedfactory_ray.config import Config, flatten
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.presets import PRESETS
 

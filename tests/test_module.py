@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedfactory_ray.config import GeneratorConfig
 from fedfactory_ray.errors import ModuleRefusedError
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.generation.module import digest, load_weights, make_denoiser, pack
 from fedfactory_ray.generation.unet import Denoiser
+from fedfactory_ray.sections import GeneratorConfig
 
 CONFIG = GeneratorConfig(channels=(8, 16), prediction="gaussian", components=6)
 

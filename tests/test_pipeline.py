@@ -16,9 +16,12 @@ from conftest import write_npz
 from rich.console import Console
 
 from fedfactory_ray import pipeline
-from fedfactory_ray.config import Config, make_config
+from fedfactory_ray.command_line import make_config
+from fedfactory_ray.config import Config
 from fedfactory_ray.errors import DataInvalidError, RunConflictError
 from fedfactory_ray.federation import round as federation_round
+from fedfactory_ray.report import Report, report_table
+from fedfactory_ray.session import run_name
 from fedfactory_ray.storage import Storage
 
 SMALL = {
@@ -44,7 +47,7 @@ def small_config(folder: Path, data: Path, **changes: Any) -> Config:
 @dataclass
 class Finished:
     config: Config
-    report: pipeline.Report
+    report: Report
     folder: Path
     printed: str
 
@@ -52,7 +55,7 @@ class Finished:
 def run(config: Config, folder: Path) -> Finished:
     out = io.StringIO()
     report = pipeline.run(config, Console(file=out, width=140))
-    Console(file=out, width=140).print(pipeline.report_table(report))
+    Console(file=out, width=140).print(report_table(report))
     return Finished(config, report, folder / "runs" / "small", out.getvalue())
 
 
@@ -295,7 +298,7 @@ def test_bad_data_is_refused_before_anything_is_made(cluster: None, tmp_path: Pa
 
 
 def test_run_names_follow_the_settings_that_matter() -> None:
-    name = pipeline.run_name(make_config("bloodmnist-cpu"))
+    name = run_name(make_config("bloodmnist-cpu"))
     assert name.startswith("bloodmnist-silos-seed0-")
-    assert name == pipeline.run_name(make_config("bloodmnist-cpu", overrides=["--storage.uri", "elsewhere"]))
-    assert name != pipeline.run_name(make_config("bloodmnist-cpu", overrides=["--generator.epochs", "3"]))
+    assert name == run_name(make_config("bloodmnist-cpu", overrides=["--storage.uri", "elsewhere"]))
+    assert name != run_name(make_config("bloodmnist-cpu", overrides=["--generator.epochs", "3"]))

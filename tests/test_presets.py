@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from fedfactory_ray.classification.models import make_classifier
-from fedfactory_ray.config import Config, make_config
+from fedfactory_ray.classification.models import Task, make_classifier
+from fedfactory_ray.command_line import make_config
+from fedfactory_ray.config import Config
 from fedfactory_ray.generation.unet import AUGMENTATIONS, Denoiser
 from fedfactory_ray.presets import NOT_RUN, PRESETS
 
@@ -63,7 +64,7 @@ def test_published_classifiers_train(name: str) -> None:
     config = make_config(name)
     resolution, channels = resolution_of(config), CHANNELS[name]
     torch.manual_seed(0)
-    network = make_classifier(config.classifier.model, channels, CLASSES[name], resolution)
+    network = make_classifier(config.classifier.model, Task(CLASSES[name], channels, resolution))
     logits = network(torch.randn(2, channels, resolution, resolution))
     assert logits.shape == (2, CLASSES[name])
     step(network, nn.functional.cross_entropy(logits, torch.tensor([0, 1])))

@@ -12,7 +12,7 @@ import ray
 from fedfactory_ray.classification.rows import Rows
 from fedfactory_ray.config import Config
 from fedfactory_ray.data.partition import Partition
-from fedfactory_ray.data.sources import DataInfo
+from fedfactory_ray.data.source import DataInfo
 
 BLOCK_BYTES = 64 * 2**20
 

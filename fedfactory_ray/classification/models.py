@@ -2,8 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a classifier is made for: its network follows from it and from the configuration."""
+
+    classes: int
+    channels: int
+    resolution: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return self.resolution, self.resolution, self.channels
 
 
 def conv_block(inputs: int, outputs: int) -> nn.Sequential:
@@ -35,11 +51,11 @@ def small_image_resnet(name: str, channels: int, classes: int, resolution: int) 
     return network
 
 
-def make_classifier(name: str, channels: int, classes: int, resolution: int) -> nn.Module:
+def make_classifier(name: str, task: Task) -> nn.Module:
     """An untrained network: float images (n, channels, side, side) in [-1, 1] to logits (n, classes)."""
     if name == "cnn":
-        return small_cnn(channels, classes)
-    return small_image_resnet(name, channels, classes, resolution)
+        return small_cnn(task.channels, task.classes)
+    return small_image_resnet(name, task.channels, task.classes, task.resolution)
 
 
 class Predictor(nn.Module):

@@ -10,12 +10,12 @@ import safetensors.torch
 import torch
 
 from fedfactory_ray.classification.evaluation import Evaluation, evaluate
-from fedfactory_ray.classification.models import make_classifier
-from fedfactory_ray.classification.training import Task
-from fedfactory_ray.config import Config, WorkerResources
+from fedfactory_ray.classification.models import Task, make_classifier
+from fedfactory_ray.config import Config
 from fedfactory_ray.data.sources import open_source
 from fedfactory_ray.data.transforms import to_tensor
 from fedfactory_ray.devices import assigned_device, prepare_process
+from fedfactory_ray.sections import WorkerResources
 from fedfactory_ray.storage import Storage
 
 BATCH_SIZE = 500
@@ -32,7 +32,7 @@ class TestResult:
 
 def load_network(config: Config, task: Task, storage: Storage, folder: str) -> torch.nn.Module:
     """The fitted network of a classifier in storage, in evaluation mode, on the CPU."""
-    network = make_classifier(config.classifier.model, task.channels, task.classes, task.resolution)
+    network = make_classifier(config.classifier.model, task)
     network.load_state_dict(safetensors.torch.load(storage.read(f"{folder}/model.safetensors")))
     return network.eval()
 

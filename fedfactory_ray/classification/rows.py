@@ -1,25 +1,18 @@
-"""Training rows of a classifier: a Ray data set of (image, label), held in memory in one order, or streamed."""
+"""Training rows of a classifier: a Ray data set of (image, label) and of each image's place."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
-import torch
-from torch import Tensor
 
 from fedfactory_ray.storage import Storage
-from fedfactory_ray.synthesis.shard import images_of
 from fedfactory_ray.synthesis.synthesize import Shard
 
 FILES_PER_TASK = 16
-ORDER = ("label", "client", "unit", "index")
 
 
 @dataclass(frozen=True)
@@ -30,16 +23,6 @@ class Rows:
     digest: str
     images: int
     unit_size: int
-
-
-def keep_side(table: pa.Table, unit_size: int, fraction: float, validation: bool) -> pa.Table:
-    """The training or the validation rows: of each client's images of a class, every (1/fraction)-th validates.
-
-    A row's side depends on its own place alone, so it stays when other rows come or go.
-    """
-    period = round(1 / fraction)
-    place = table["unit"].to_numpy() * unit_size + table["index"].to_numpy()
-    return table.filter(pa.array((place % period == period - 1) == validation))
 
 
 def shard_rows(storage: Storage, manifest: list[Shard], digest: str, unit_size: int) -> Rows:
@@ -56,61 +39,3 @@ def shard_rows(storage: Storage, manifest: list[Shard], digest: str, unit_size: 
 def read_table(rows: Any) -> pa.Table:
     """All rows of a worker's data set shard, in memory."""
     return pa.concat_tables(rows.iter_batches(batch_size=None, batch_format="pyarrow")).combine_chunks()
-
-
-class Batches(Protocol):
-    """One side (training or validation) of the rows, as a worker sees it."""
-
-    def epoch(self, epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """This worker's part of each global batch: uint8 images (n, H, W, C) and int64 labels (n,).
-
-        `epoch` seeds the shuffling of training rows, whose last, incomplete batch is left out; None reads every row
-        once, in order.
-        """
-
-
-class HeldBatches:
-    """Rows held as uint8, in an order that depends on what they are and not on how they came."""
-
-    def __init__(
-        self, table: pa.Table, shape: tuple[int, int, int], batch_size: int, seed: int, rank: int, world: int
-    ) -> None:
-        order = pc.sort_indices(table, sort_keys=[(name, "ascending") for name in ORDER]).to_numpy()
-        self.images = torch.from_numpy(images_of(table, shape)[order])
-        self.labels = torch.from_numpy(table["label"].to_numpy()[order].astype(np.int64))
-        self.batch_size, self.seed, self.rank, self.world = batch_size, seed, rank, world
-
-    def epoch(self, epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """See Batches: every worker shuffles alike and takes its rank's part of each batch."""
-        n, size = len(self.labels), self.batch_size
-        order = torch.arange(n)
-        if epoch is not None:
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed + epoch))
-            size = min(size, n)
-            n -= n % size
-        for start in range(0, n, size):
-            chosen = order[start : min(start + size, n)][self.rank :: self.world]
-            yield self.images[chosen], self.labels[chosen]
-
-
-class StreamedBatches:
-    """Rows read anew each epoch, for what does not fit: shuffled within a buffer of 16 batches."""
-
-    def __init__(self, rows: Any, shape: tuple[int, int, int], batch_size: int, seed: int, steps: int) -> None:
-        self.rows, self.shape, self.batch_size, self.seed, self.steps = rows, shape, batch_size, seed, steps
-
-    def epoch(self, epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-        """See Batches; all workers take the same number of training steps."""
-        shuffle: dict[str, Any] = {}
-        if epoch is not None:
-            shuffle = {
-                "local_shuffle_buffer_size": 16 * self.batch_size,
-                "local_shuffle_seed": self.seed + epoch,
-                "drop_last": True,
-            }
-        batches = self.rows.iter_batches(batch_size=self.batch_size, batch_format="pyarrow", **shuffle)
-        for step, batch in enumerate(batches):
-            if epoch is not None and step == self.steps:
-                return
-            labels = torch.tensor(batch["label"].to_numpy())
-            yield torch.tensor(images_of(batch, self.shape)), labels.long()

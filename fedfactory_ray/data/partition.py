@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from fedfactory_ray.config import PartitionConfig
 from fedfactory_ray.errors import PartitionError
+from fedfactory_ray.sections import PartitionConfig
 from fedfactory_ray.seeds import random_state
 
 

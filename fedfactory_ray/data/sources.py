@@ -1,4 +1,4 @@
-"""Data sources: labels, and the images at given indices, of a train, val or test split."""
+"""The data sources: scikit-learn's digits, .npz files, MedMNIST, CIFAR-10."""
 
 from __future__ import annotations
 
@@ -7,52 +7,20 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Literal, Protocol
+from typing import IO
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
-from fedfactory_ray.config import DataConfig
-from fedfactory_ray.data.transforms import resize, resize_batch
+from fedfactory_ray.data.image_folder import ImageFolder
+from fedfactory_ray.data.source import Source, Split
+from fedfactory_ray.data.transforms import resize_batch
 from fedfactory_ray.errors import DataInvalidError, DataMissingError
+from fedfactory_ray.sections import DataConfig
 from fedfactory_ray.seeds import random_state
 
-Split = Literal["train", "val", "test"]
 CHUNK_BYTES = 2**24
-
-
-class Source(Protocol):
-    """Where images lie. Reading labels never reads images; reading images reads the asked ones only."""
-
-    path: str
-    class_names: list[str]
-
-    def labels(self, split: Split) -> np.ndarray:
-        """Labels of a split, int64 (n,); empty where there is no such split."""
-
-    def images(self, split: Split, indices: np.ndarray | None = None) -> np.ndarray:
-        """Images uint8 (n, side, side, channels) at `indices`, in their order; all of the split by default."""
-
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels at the working resolution."""
-
-
-@dataclass(frozen=True)
-class DataInfo:
-    """What everybody may know of a data set: no image, only names, shape and labels' counts."""
-
-    class_names: list[str]
-    resolution: int
-    channels: int
-    counts: dict[str, list[int]]
-
-    @property
-    def classes(self) -> int:
-        """Number of classes."""
-        return len(self.class_names)
 
 
 def open_source(config: DataConfig) -> Source:
@@ -67,37 +35,6 @@ def open_source(config: DataConfig) -> Source:
     if not path.exists():
         raise DataMissingError(path.absolute(), None, f"data.source={config.source}")
     return ImageFolder(path, config.resolution) if path.is_dir() else ArrayFile(path, config.resolution)
-
-
-def inspect(source: Source) -> tuple[DataInfo, np.ndarray]:
-    """Check a whole source without reading an image more than needed; returns its facts and its training labels.
-
-    Raises DataInvalidError for labels outside the range, classes without training images, and odd shapes.
-    """
-    classes = len(source.class_names)
-    counts: dict[str, list[int]] = {}
-    splits: tuple[Split, ...] = ("train", "val", "test")
-    for split in splits:
-        labels = source.labels(split)
-        if labels.size and (labels.min() < 0 or labels.max() >= classes):
-            raise DataInvalidError(
-                source.path,
-                f"{split} labels from {labels.min()} to {labels.max()}",
-                f"labels from 0 to {classes - 1}",
-            )
-        counts[split] = np.bincount(labels, minlength=classes).tolist()
-    for split in ("train", "test"):
-        if not sum(counts[split]):
-            raise DataInvalidError(source.path, f"no {split} images", "a train and a test split")
-    empty = [name for name, n in zip(source.class_names, counts["train"], strict=True) if n == 0]
-    if empty:
-        raise DataInvalidError(source.path, f"no training image of class {', '.join(empty)}", "images of every class")
-    height, width, channels = source.image_shape()
-    if height != width or channels not in (1, 3):
-        raise DataInvalidError(
-            source.path, f"images of {height}×{width} with {channels} channels", "square images, grey or RGB"
-        )
-    return DataInfo(source.class_names, height, channels, counts), source.labels("train")
 
 
 class Digits:
@@ -261,85 +198,6 @@ class Cifar10:
     def image_shape(self) -> tuple[int, int, int]:
         """See Source."""
         return (self.resolution or 32, self.resolution or 32, 3)
-
-
-class ImageFolder:
-    """A folder with train/<class>/ and test/<class>/ (val/ optional) of image files."""
-
-    def __init__(self, path: Path, resolution: int | None) -> None:
-        self.path, self.resolution = str(path), resolution
-        if not (path / "train").is_dir() or not (path / "test").is_dir():
-            raise DataInvalidError(path, f"{sorted(p.name for p in path.iterdir())}", "subfolders train and test")
-        self.class_names = sorted(p.name for p in (path / "train").iterdir() if p.is_dir())
-        if not self.class_names:
-            raise DataInvalidError(path / "train", "no folders", "one folder a class")
-
-    @cached_property
-    def _files(self) -> dict[Split, list[tuple[str, int]]]:
-        from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
-
-        files: dict[Split, list[tuple[str, int]]] = {"train": [], "val": [], "test": []}
-        index = {name: y for y, name in enumerate(self.class_names)}
-        for split, found in files.items():
-            folder = Path(self.path) / split
-            if folder.is_dir():
-                strangers = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in index)
-                if strangers:
-                    raise DataInvalidError(
-                        folder, f"folders {strangers}", f"only the classes of train: {self.class_names}"
-                    )
-                found += make_dataset(str(folder), index, extensions=IMG_EXTENSIONS, allow_empty=True)
-        return files
-
-    def _open(self, file: str) -> Image.Image:
-        try:
-            return Image.open(file)
-        except (UnidentifiedImageError, OSError) as error:
-            raise DataInvalidError(file, f"not a readable image ({error})", "an intact image file") from error
-
-    @cached_property
-    def _mode(self) -> str:
-        """`L` where all images are grey, else `RGB`; reads every file's header, and so finds those that are none."""
-        modes, shapes = set(), set()
-        for files in self._files.values():
-            for file, _ in files:
-                with self._open(file) as image:
-                    if image.mode.startswith(("I", "F")):
-                        raise DataInvalidError(file, f"pixels of mode {image.mode}", "8 bits a channel")
-                    modes.add("L" if image.mode in ("1", "L") else "RGB")
-                    shapes.add(image.size)
-        if self.resolution is None and len(shapes) > 1:
-            raise DataInvalidError(
-                self.path,
-                f"images of mixed shapes {sorted(shapes)[:4]}",
-                "one shape, or data.resolution to resize them",
-            )
-        return modes.pop() if len(modes) == 1 else "RGB"
-
-    def labels(self, split: Split) -> np.ndarray:
-        """See Source."""
-        return np.array([y for _, y in self._files[split]], dtype=np.int64)
-
-    def images(self, split: Split, indices: np.ndarray | None = None) -> np.ndarray:
-        """See Source."""
-        files = self._files[split]
-        rows = []
-        for i in range(len(files)) if indices is None else indices:
-            with self._open(files[i][0]) as image:
-                try:
-                    pixels = image.convert(self._mode)
-                except (OSError, SyntaxError, ValueError) as error:  # what PIL raises on damaged chunks
-                    raise DataInvalidError(files[i][0], f"a broken image ({error})", "an intact image file") from error
-            rows.append(np.atleast_3d(np.asarray(resize(pixels, self.resolution) if self.resolution else pixels)))
-        return np.stack(rows) if rows else np.empty((0, *self.image_shape()), np.uint8)
-
-    def image_shape(self) -> tuple[int, int, int]:
-        """See Source."""
-        channels = 1 if self._mode == "L" else 3
-        if self.resolution:
-            return (self.resolution, self.resolution, channels)
-        with self._open(self._files["train"][0][0]) as image:
-            return (image.height, image.width, channels)
 
 
 def _medmnist_class_names(config: DataConfig) -> list[str]:

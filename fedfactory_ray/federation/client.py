@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 import ray
 
-from fedfactory_ray.config import Config, WorkerResources
+from fedfactory_ray.config import Config
 from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.sections import WorkerResources
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.storage import Storage
 

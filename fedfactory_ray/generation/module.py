@@ -9,10 +9,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from fedfactory_ray.config import GeneratorConfig
 from fedfactory_ray.errors import ModuleRefusedError
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.generation.unet import Denoiser
+from fedfactory_ray.sections import GeneratorConfig
 
 
 def pack(denoiser: Denoiser, *, half: bool) -> bytes:

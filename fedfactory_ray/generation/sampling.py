@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedfactory_ray.config import SamplerConfig
 from fedfactory_ray.data.transforms import to_uint8
 from fedfactory_ray.devices import autocast
 from fedfactory_ray.generation.samplers import SOLVERS, karras_sigmas, solver_steps
 from fedfactory_ray.generation.unet import Denoiser
+from fedfactory_ray.sections import SamplerConfig
 from fedfactory_ray.seeds import derive_seed
 
 

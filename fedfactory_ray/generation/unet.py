@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fedfactory_ray.config import GeneratorConfig
 from fedfactory_ray.generation.edm import SIGMA_DATA, CleanImage, Gaussian, Residual, c_in, c_noise, expand
+from fedfactory_ray.sections import GeneratorConfig
 
 AUGMENTATIONS = {"none": 1, "flip": 2, "dihedral": 8}
 # diffusers' sinusoidal embedding is made for time steps up to 1000.

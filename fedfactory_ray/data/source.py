@@ -1,0 +1,74 @@
+"""What every data source offers, and the check of a whole source before anything starts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import numpy as np
+
+from fedfactory_ray.errors import DataInvalidError
+
+Split = Literal["train", "val", "test"]
+
+
+class Source(Protocol):
+    """Where images lie. Reading labels never reads images; reading images reads the asked ones only."""
+
+    path: str
+    class_names: list[str]
+
+    def labels(self, split: Split) -> np.ndarray:
+        """Labels of a split, int64 (n,); empty where there is no such split."""
+
+    def images(self, split: Split, indices: np.ndarray | None = None) -> np.ndarray:
+        """Images uint8 (n, side, side, channels) at `indices`, in their order; all of the split by default."""
+
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels at the working resolution."""
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What everybody may know of a data set: no image, only names, shape and labels' counts."""
+
+    class_names: list[str]
+    resolution: int
+    channels: int
+    counts: dict[str, list[int]]
+
+    @property
+    def classes(self) -> int:
+        """Number of classes."""
+        return len(self.class_names)
+
+
+def inspect(source: Source) -> tuple[DataInfo, np.ndarray]:
+    """Check a whole source without reading an image more than needed; returns its facts and its training labels.
+
+    Raises DataInvalidError for labels outside the range, classes without training images, and odd shapes.
+    """
+    classes = len(source.class_names)
+    counts: dict[str, list[int]] = {}
+    splits: tuple[Split, ...] = ("train", "val", "test")
+    for split in splits:
+        labels = source.labels(split)
+        if labels.size and (labels.min() < 0 or labels.max() >= classes):
+            raise DataInvalidError(
+                source.path,
+                f"{split} labels from {labels.min()} to {labels.max()}",
+                f"labels from 0 to {classes - 1}",
+            )
+        counts[split] = np.bincount(labels, minlength=classes).tolist()
+    for split in ("train", "test"):
+        if not sum(counts[split]):
+            raise DataInvalidError(source.path, f"no {split} images", "a train and a test split")
+    empty = [name for name, n in zip(source.class_names, counts["train"], strict=True) if n == 0]
+    if empty:
+        raise DataInvalidError(source.path, f"no training image of class {', '.join(empty)}", "images of every class")
+    height, width, channels = source.image_shape()
+    if height != width or channels not in (1, 3):
+        raise DataInvalidError(
+            source.path, f"images of {height}×{width} with {channels} channels", "square images, grey or RGB"
+        )
+    return DataInfo(source.class_names, height, channels, counts), source.labels("train")

@@ -1,0 +1,277 @@
+"""The sections of the configuration, one for each part of a run; each refuses what cannot work by itself."""
+
+from __future__ import annotations
+
+import os
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+NATIVE_RESOLUTION = {"digits": 8, "cifar10": 32}
+
+
+class Section(BaseModel):
+    """Base of all sections: frozen, and no unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class DataConfig(Section):
+    """Where the images come from."""
+
+    source: str = "digits"
+    """`digits`, `cifar10`, `medmnist:<flag>`, a path to an .npz in MedMNIST's layout, or to a folder with
+    train/<class>/ and test/<class>/ (val/ optional)."""
+    root: str = Field(default_factory=lambda: os.environ.get("FEDFACTORY_DATA", "~/.medmnist"))
+    """Folder of downloaded files, on every node; default: $FEDFACTORY_DATA, else ~/.medmnist."""
+    download: bool = True
+    """Download a missing MedMNIST or CIFAR-10 file."""
+    size: Literal[28, 64, 128, 224] = 28
+    """Which MedMNIST file to read: the pixels of an image's side."""
+    resolution: int | None = Field(None, ge=4)
+    """Side in pixels that train, synthesis and test share; default: as stored."""
+
+    @property
+    def known_resolution(self) -> int | None:
+        """The working resolution, where it is known without opening a file."""
+        if self.resolution is not None:
+            return self.resolution
+        return self.size if self.source.startswith("medmnist:") else NATIVE_RESOLUTION.get(self.source)
+
+    @model_validator(mode="after")
+    def _source_is_known(self) -> DataConfig:
+        kind, _, flag = self.source.partition(":")
+        if kind == "medmnist":
+            from medmnist import INFO  # imports torch: seconds
+
+            planar = {name for name, info in INFO.items() if "3d" not in name and "multi-label" not in info["task"]}
+            if flag not in planar:
+                raise ValueError(f"source {self.source!r}: needed medmnist:<flag> with a flag of {sorted(planar)}")
+        return self
+
+
+class PartitionConfig(Section):
+    """How the training images are dealt to the clients."""
+
+    scheme: Literal["silos", "pathological", "dirichlet", "skew"] = "silos"
+    """`silos`: one class a client; `pathological`: k classes a client; `dirichlet`: shares drawn from
+    Dirichlet(alpha); `skew`: the explicit counts below."""
+    clients: int | None = Field(None, ge=1)
+    """Number of clients; default: one a class (`silos`, `pathological`, `dirichlet`)."""
+    classes_per_client: int = Field(2, ge=1)
+    """k of `pathological`."""
+    alpha: float = Field(0.1, gt=0)
+    """Concentration of `dirichlet`; small values leave hardly a label in common."""
+    min_size: int = Field(10, ge=1)
+    """Smallest number of images a client may hold."""
+    counts: tuple[tuple[int, ...], ...] = ()
+    """`skew` only: a row a client, a column a class: how many images it holds."""
+
+    @model_validator(mode="after")
+    def _counts_go_with_skew(self) -> PartitionConfig:
+        if (self.scheme == "skew") != bool(self.counts):
+            raise ValueError(
+                f"scheme {self.scheme!r} with {len(self.counts)} rows of counts: `counts` goes with `skew`, "
+                "one row a client, and with no other scheme"
+            )
+        if len({len(row) for row in self.counts}) > 1 or any(n < 0 for row in self.counts for n in row):
+            raise ValueError("counts: all rows need one column a class, and no number below 0")
+        return self
+
+
+class GeneratorConfig(Section):
+    """The generative module of one class: a diffusers UNet2DModel under EDM (Karras et al. 2022)."""
+
+    channels: tuple[int, ...] = (16, 32)
+    """Channels of each level; the resolution halves between levels."""
+    layers_per_block: int = Field(1, ge=1)
+    """Residual blocks a level."""
+    attention_levels: tuple[int, ...] = ()
+    """Levels (0 = finest) whose blocks attend over all positions."""
+    patch: int = Field(1, ge=1)
+    """Pixel-unshuffle factor before the U-Net: 2 quarters its cost."""
+    norm_groups: int = Field(8, ge=1)
+    """Groups of each group norm; every entry of `channels` must be a multiple."""
+    dropout: float = Field(0.0, ge=0, lt=1)
+    """Dropout inside the residual blocks."""
+    prediction: Literal["residual", "image", "gaussian"] = "residual"
+    """What the network predicts: EDM's residual (long training), the clean image (short training), or the
+    correction to the optimal linear denoiser of the class (short training)."""
+    components: int = Field(128, ge=1)
+    """`gaussian` only: principal components kept of the class's covariance."""
+    augment: Literal["none", "flip", "dihedral"] = "none"
+    """Augmentation; the network is told which one it sees, so that samples never show it."""
+    epochs: float = Field(60.0, gt=0)
+    """Passes over the class's images: the length of training follows the class's size..."""
+    min_steps: int = Field(150, ge=1)
+    """...but is at least this many optimiser steps..."""
+    max_steps: int = Field(150, ge=1)
+    """...and at most this many."""
+    batch_size: int = Field(64, ge=1)
+    """Images an optimiser step."""
+    learning_rate: float = Field(2e-3, gt=0)
+    """Peak of AdamW's learning rate: linear warm-up, then cosine to 0."""
+    warmup: float = Field(0.05, ge=0, lt=1)
+    """Share of the steps spent on warm-up."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW's decoupled weight decay."""
+    grad_clip: float = Field(1.0, gt=0)
+    """Largest norm of the gradient."""
+    ema_decay: float = Field(0.995, ge=0, lt=1)
+    """Decay a step of the averaged weights that make the module; ramps up from 0."""
+    noise_mean: float = -0.8
+    """Mean of ln(sigma) in training (P_mean of EDM); -1.2 in the paper."""
+    noise_std: float = Field(1.2, gt=0)
+    """Standard deviation of ln(sigma) in training (P_std of EDM)."""
+    precision: Precision = "auto"
+    """Arithmetic of training and sampling; auto: bf16 where the hardware has it, else fp32."""
+    half_precision_upload: bool = True
+    """Store and send weights as float16: half the bytes."""
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> GeneratorConfig:
+        if not self.channels or any(c % self.norm_groups for c in self.channels):
+            raise ValueError(f"channels {self.channels}: each needs to be a multiple of norm_groups={self.norm_groups}")
+        if self.min_steps > self.max_steps:
+            raise ValueError(f"min_steps={self.min_steps} is above max_steps={self.max_steps}")
+        if any(level not in range(len(self.channels)) for level in self.attention_levels):
+            raise ValueError(f"attention_levels {self.attention_levels}: levels go from 0 to {len(self.channels) - 1}")
+        return self
+
+    def steps(self, images: int) -> int:
+        """Optimiser steps for a class of `images` images."""
+        return min(max(round(self.epochs * images / self.batch_size), self.min_steps), self.max_steps)
+
+    def check_resolution(self, resolution: int) -> None:
+        """Raise ValueError where the U-Net cannot halve `resolution` (pixels) often enough."""
+        divisor = self.patch * 2 ** (len(self.channels) - 1)
+        if resolution % divisor:
+            raise ValueError(
+                f"resolution {resolution} with patch={self.patch} and {len(self.channels)} levels needs a multiple of "
+                f"{divisor}: use fewer generator.channels, another generator.patch, or data.resolution="
+                f"{max(divisor, round(resolution / divisor) * divisor)}"
+            )
+
+
+class SamplerConfig(Section):
+    """How images are drawn from noise."""
+
+    solver: Literal["dpmpp", "heun"] = "dpmpp"
+    """`dpmpp`: DPM-Solver++(2M), one network evaluation a step; `heun`: EDM's reference, two."""
+    evaluations: int = Field(10, ge=2)
+    """Network evaluations an image (Heun: rounded down to an odd number)."""
+    sigma_min: float = Field(0.01, gt=0)
+    """Smallest noise level, in units in which data have standard deviation 0.5."""
+    sigma_max: float = Field(40.0, gt=0)
+    """Largest noise level, in the same units."""
+    rho: float = Field(7.0, gt=0)
+    """Curvature of the noise schedule (Karras et al. 2022, eq. 5)."""
+
+    @model_validator(mode="after")
+    def _levels_are_ordered(self) -> SamplerConfig:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min={self.sigma_min} needs to be below sigma_max={self.sigma_max}")
+        return self
+
+
+class SynthesisConfig(Section):
+    """The class-balanced synthetic data set."""
+
+    images_per_class: int = Field(500, ge=2)
+    """Images of each class, shared by the clients that hold it in proportion to their images."""
+    batch_size: int = Field(125, ge=1)
+    """Images a network call; fixed, for an image's bytes depend on it."""
+    unit_size: int = Field(250, ge=1)
+    """Images a unit of work, which becomes one Parquet file; a multiple of batch_size."""
+
+    @model_validator(mode="after")
+    def _units_hold_whole_batches(self) -> SynthesisConfig:
+        if self.unit_size % self.batch_size:
+            raise ValueError(f"unit_size={self.unit_size} needs to be a multiple of batch_size={self.batch_size}")
+        return self
+
+
+class ClassifierConfig(Section):
+    """The classifier that is fitted on the synthetic images, and its recipe."""
+
+    model: Literal["cnn", "resnet18", "resnet50"] = "cnn"
+    """A small CNN for CPUs, or torchvision's ResNet with a small-image stem."""
+    epochs: int = Field(10, ge=1)
+    """Passes over the synthetic images."""
+    batch_size: int = Field(64, ge=2)
+    """Images an optimiser step, over all workers."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """AdamW, or SGD with Nesterov momentum 0.9; cosine schedule with 5 % warm-up."""
+    learning_rate: float = Field(2e-3, gt=0)
+    """Peak learning rate."""
+    weight_decay: float = Field(0.05, ge=0)
+    """Weight decay."""
+    label_smoothing: float = Field(0.05, ge=0, lt=1)
+    """Label smoothing (Szegedy et al. 2016)."""
+    flips: Literal["none", "horizontal", "dihedral"] = "none"
+    """Random symmetries: left-right, or all eight of the square."""
+    shift: float = Field(0.1, ge=0, le=0.5)
+    """Largest random translation, as a share of the side."""
+    scale: float = Field(0.1, ge=0, lt=1)
+    """Largest random zoom, in or out."""
+    rotate: float = Field(10.0, ge=0, le=180)
+    """Largest random rotation, in degrees."""
+    contrast: float = Field(0.0, ge=0, le=1)
+    """Largest random change of contrast, as a share."""
+    tint: float = Field(0.0, ge=0, le=1)
+    """Largest random shift of each colour channel (images lie in [-1, 1])."""
+    blur: float = Field(0.0, ge=0, le=1)
+    """Largest random weight of the 3×3 mean."""
+    noise: float = Field(0.0, ge=0, le=1)
+    """Largest random deviation of added noise (images lie in [-1, 1])."""
+    validation_fraction: float = Field(0.1, gt=0, le=0.5)
+    """Share of the synthetic images held back to choose the epoch."""
+    checkpoint_every: int = Field(5, ge=1)
+    """Epochs between checkpoints, from which a broken fit goes on."""
+    in_memory_mb: int = Field(4096, ge=0)
+    """A training set up to this size is held in each worker as uint8; a larger one is streamed."""
+    precision: Precision = "auto"
+    """Arithmetic of training; auto: bf16 where the hardware has it, else fp32."""
+
+
+class WorkerResources(Section):
+    """What one actor or worker asks of Ray."""
+
+    num_cpus: float = Field(1.0, gt=0)
+    """CPUs that Ray sets aside."""
+    threads: int = Field(1, ge=1)
+    """Torch threads; results may depend on it."""
+    num_gpus: float | None = Field(None, ge=0)
+    """GPUs, a fraction to share one; default: 1 where the cluster has GPUs, else 0."""
+
+
+class ResourcesConfig(Section):
+    """Resources of each phase; the same file serves a laptop and a cluster."""
+
+    client: WorkerResources = WorkerResources()
+    """A client's actor."""
+    synthesis: WorkerResources = WorkerResources()
+    """A synthesis actor."""
+    classifier: WorkerResources = WorkerResources(threads=2)
+    """A Ray Train worker."""
+    classifier_workers: int = Field(1, ge=1)
+    """Number of Ray Train workers; part of what determines the classifier."""
+    max_actors: int | None = Field(None, ge=1)
+    """Upper bound of the client and of the synthesis actors; default: as many as fit."""
+
+
+class StorageConfig(Section):
+    """Where a run is kept."""
+
+    uri: str = "runs"
+    """Folder of all runs: a local path, a shared folder, or an s3:// or gs:// address."""
+
+
+class TrackingConfig(Section):
+    """Where the run is logged."""
+
+    uri: str | None = None
+    """MLflow tracking URI; default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
+    experiment: str = "fedfactory"
+    """MLflow experiment."""

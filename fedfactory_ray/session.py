@@ -1,0 +1,144 @@
+"""A session: one job's run while it is open, with its cluster, data, partition, storage, log and clock."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow.parquet as pq
+import ray
+from rich.console import Console
+
+from fedfactory_ray import tracking
+from fedfactory_ray.cluster import Plan, connect, make_plan
+from fedfactory_ray.config import Config, flatten
+from fedfactory_ray.data.partition import Partition, make_partition
+from fedfactory_ray.data.source import DataInfo
+from fedfactory_ray.errors import FedFactoryError, RunConflictError
+from fedfactory_ray.storage import Storage
+
+
+@dataclass
+class Session:
+    """What every phase of a job needs. `logged` is the MLflow run, which starts in the background."""
+
+    config: Config
+    name: str
+    console: Console
+    plan: Plan
+    info: DataInfo
+    partition: Partition
+    storage: Storage
+    logged: Future[tracking.Run]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def run(self) -> tracking.Run:
+        """The job's MLflow run."""
+        return self.logged.result()
+
+    @contextmanager
+    def phase(self, title: str) -> Iterator[None]:
+        """Take the block's time as the seconds of `title`."""
+        began = time.monotonic()
+        yield
+        self.seconds[title] = time.monotonic() - began
+
+
+@contextmanager
+def open_session(config: Config, console: Console) -> Iterator[Session]:
+    """Join the cluster, check data and plan, deal the partition and claim the run's folder, before any work starts.
+
+    At the end the MLflow run is marked FINISHED, FAILED or KILLED. A worker's refusal is raised as itself.
+    """
+    began = time.monotonic()
+    name = run_name(config)
+    with ThreadPoolExecutor(1) as background:
+        logged = background.submit(tracking.start_run, config, name)
+        status = "FAILED"
+        try:
+            connect()
+            plan = make_plan(config.resources)
+            info, labels = ray.get(_inspect.remote(config))
+            config.generator.check_resolution(info.resolution)
+            partition = make_partition(config.partition, labels, info.classes, config.seed)
+            storage = Storage(config.storage.uri).within(name)
+            claim(config, storage)
+            save_partition(storage, partition)
+            session = Session(config, name, console, plan, info, partition, storage, logged)
+            session.seconds["start"] = time.monotonic() - began
+            yield session
+            session.seconds["total"] = time.monotonic() - began
+            status = "FINISHED"
+        except KeyboardInterrupt:
+            status = "KILLED"
+            raise
+        except ray.exceptions.RayError as error:
+            refusal = find_refusal(error)
+            if refusal is None:
+                raise
+            raise refusal from None
+        finally:
+            if not logged.cancel() and logged.exception() is None:
+                logged.result().end(status)
+
+
+def run_name(config: Config) -> str:
+    """The configured name, or one that tells data, scheme and seed and is unique to the settings that matter."""
+    if config.name:
+        return config.name
+    content = hashlib.sha256(json.dumps(config.determining(), sort_keys=True).encode()).hexdigest()
+    source = config.data.source.rpartition(":")[2].rstrip("/").rpartition("/")[2].partition(".")[0]
+    return f"{source}-{config.partition.scheme}-seed{config.seed}-{content[:8]}"
+
+
+def claim(config: Config, storage: Storage) -> None:
+    """Make the run's folder this configuration's own. Raises RunConflictError where it is another's."""
+    wanted = config.determining()
+    if storage.exists("config.json"):
+        theirs, ours = flatten(storage.read_json("config.json")), flatten(wanted)
+        # JSON turns tuples into lists, so compare what both become.
+        ours = json.loads(json.dumps(ours))
+        differing = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
+        if differing:
+            raise RunConflictError(
+                storage.uri, [f"{k}: there {theirs.get(k)!r}, here {ours.get(k)!r}" for k in differing]
+            )
+    else:
+        storage.write_json("config.json", wanted)
+
+
+@ray.remote
+def _inspect(config: Config) -> tuple[DataInfo, np.ndarray]:
+    from fedfactory_ray.data.source import inspect
+    from fedfactory_ray.data.sources import open_source
+
+    return inspect(open_source(config.data))
+
+
+def save_partition(storage: Storage, partition: Partition) -> None:
+    """Keep the partition: its indices as Parquet, its digest and counts as JSON."""
+    with storage.writing("partition.parquet") as stream:
+        pq.write_table(partition.to_table(), stream)
+    summary = {
+        "sha256": partition.sha256,
+        "clients": partition.clients,
+        "counts": partition.matrix().tolist(),
+    }
+    storage.write_json("partition.json", summary)
+
+
+def find_refusal(error: BaseException | None) -> FedFactoryError | None:
+    """The refusal of a task or actor inside Ray's wrappings of it, if there is one."""
+    while error is not None:
+        cause = getattr(error, "cause", None) or error.__cause__
+        if isinstance(cause, FedFactoryError) and not isinstance(cause, ray.exceptions.RayError):
+            return cause
+        error = cause
+    return None
