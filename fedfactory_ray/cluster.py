@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 
+from fedfactory_ray.config import Config
 from fedfactory_ray.errors import ResourcesError
-from fedfactory_ray.sections import ResourcesConfig, WorkerResources
+from fedfactory_ray.sections import ResourcesConfig, SiloConfig, WorkerResources
 
 DATA_CPUS = 1.0
 """CPUs that Ray Data needs beside the classifier's workers: its tasks ask for one, and with less they wait for ever."""
@@ -118,3 +120,28 @@ def make_plan(config: ResourcesConfig, nodes: list[Mapping[str, float]] | None =
             "a smaller resources.classifier.num_cpus: fractions share a core",
         )
     return plan
+
+
+def placement(config: Config, client: str) -> dict[str, Any]:
+    """Ray options that hold a client's actor and tasks to the nodes that may read its images."""
+    for silo in config.partition.silos:
+        if silo.name == client:
+            return {"resources": silo.resources} | ({"label_selector": silo.labels} if silo.labels else {})
+    return {}
+
+
+def refuse_unknown_places(silos: Sequence[SiloConfig], nodes: list[dict[str, Any]] | None = None) -> None:
+    """Raise ResourcesError where no living node has a silo's labels and resources: its client would wait for ever."""
+    nodes = ray.nodes() if nodes is None else nodes
+    alive = [node for node in nodes if node["Alive"]]
+    for silo in silos:
+        if not any(
+            silo.labels.items() <= node["Labels"].items()
+            and all(node["Resources"].get(name, 0) >= amount for name, amount in silo.resources.items())
+            for node in alive
+        ):
+            raise ResourcesError(
+                f"{len(alive)} node(s), none with labels {silo.labels} and resources {silo.resources}",
+                f"a node that may read the silo of client {silo.name!r}",
+                "ray start --labels or --resources on that node, or another entry in partition.silos",
+            )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +38,38 @@ def make_config(preset: str = "digits", file: str | None = None, overrides: Sequ
         raise ConfigError([_explain(problem) for problem in error.errors()]) from error
 
 
-def parse(arguments: Sequence[str] | None = None, description: str = "") -> tuple[Config, argparse.Namespace]:
-    """Parse a job's command line; returns the config and the leading options (`preset`, `config`, `print_config`)."""
-    parser = argparse.ArgumentParser(description=description, add_help=False, allow_abbrev=False)
-    lines = "\n".join(f"  {name:16} {preset.description}" for name, preset in PRESETS.items())
+def parse(
+    arguments: Sequence[str] | None = None,
+    description: str = "",
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+) -> tuple[Config, argparse.Namespace]:
+    """Parse a job's command line; returns the config and the other options (`preset`, `config`, `print_config`, the
+    job's own)."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        add_help=False,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
     parser.add_argument("--preset", default="digits", help="starting point, see the list below")
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the settings below")
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
-    parser.add_argument("-h", "--help", action="store_true", help="show this help and stop")
+    parser.add_argument("-h", "--help", action=_Help, help="show this help and stop")
     options, overrides = parser.parse_known_args(arguments)
-    if options.help:
+    return make_config(options.preset, options.config, overrides), options
+
+
+class _Help(argparse.Action):
+    """Help on the job, the presets and every setting."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        lines = "\n".join(f"  {name:16} {preset.description}" for name, preset in PRESETS.items())
         print(f"{parser.format_help()}\npresets:\n{lines}\n\nEvery setting, with its default (preset `digits`):\n")
         CliApp.run(Config, cli_args=["--help"])
-    return make_config(options.preset, options.config, overrides), options
 
 
 def _explain(problem: Any) -> str:

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedfactory_ray.sections import (
+    NAME,
     ClassifierConfig,
     DataConfig,
     GeneratorConfig,
@@ -36,12 +37,15 @@ class Config(BaseSettings):
         cli_exit_on_error=True,
     )
 
-    name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str | None = Field(None, pattern=NAME)
     """Name of the run and of its folder; the same name again resumes it. Default: made from the configuration."""
     seed: int = Field(0, ge=0)
     """Seed of everything random."""
-    baselines: tuple[Literal["centralised"], ...] = ("centralised",)
-    """References beside the factory: `centralised` fits the same classifier on all real training images."""
+    baselines: tuple[Literal["centralised", "none"], ...] = ()
+    """References beside the factory: `centralised` fits the same classifier on all real training images; `none`.
+    Default: `centralised`, unless no one may read all the images (partition `natural`, modules from files)."""
+    modules: str | None = None
+    """Folder of modules that were trained elsewhere with jobs/train_client.py; then no client trains here."""
     data: DataConfig = DataConfig()
     """Images."""
     partition: PartitionConfig = PartitionConfig()
@@ -77,10 +81,42 @@ class Config(BaseSettings):
             )
         return self
 
+    @property
+    def apart(self) -> bool:
+        """Whether no one place may read all training images."""
+        return self.modules is not None or self.partition.scheme == "natural"
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """The baselines to fit."""
+        chosen = self.baselines or (() if self.apart else ("centralised",))
+        return tuple(name for name in chosen if name != "none")
+
+    @model_validator(mode="after")
+    def _silos_are_not_pooled(self) -> Config:
+        if self.apart and self.references:
+            raise ValueError(
+                f"baselines {list(self.references)} with "
+                f"{'modules from files' if self.modules else 'partition natural'}: they need all training images in "
+                "one place; leave baselines out"
+            )
+        return self
+
+    def data_of(self, client: str) -> DataConfig:
+        """Where a client's images come from."""
+        for silo in self.partition.silos:
+            if silo.name == client:
+                return self.data.model_copy(update={"source": silo.source})
+        return self.data
+
     def determining(self) -> dict[str, Any]:
         """The settings that determine the results, as JSON values: all but where things run and are kept."""
-        tree = self.model_dump(mode="json", exclude={"name", "storage", "tracking", "resources", "baselines"})
+        tree = self.model_dump(
+            mode="json", exclude={"name", "storage", "tracking", "resources", "baselines", "modules"}
+        )
         del tree["data"]["root"], tree["data"]["download"]
+        for silo in tree["partition"]["silos"]:
+            del silo["resources"], silo["labels"]
         threads = {name: getattr(self.resources, name).threads for name in ("client", "synthesis", "classifier")}
         tree["resources"] = {"classifier_workers": self.resources.classifier_workers, "threads": threads}
         return tree

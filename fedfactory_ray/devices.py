@@ -8,13 +8,25 @@ import random
 import numpy as np
 import torch
 
+from fedfactory_ray.errors import ResourcesError
 from fedfactory_ray.sections import Precision, WorkerResources
 
 
 def assigned_device(gpu_ids: list[int] | list[str]) -> torch.device:
     """The device of an actor or task, given `ray.get_gpu_ids()`: its first GPU, or the CPU where Ray assigned none,
-    even if the process could see a GPU. Ray narrows CUDA_VISIBLE_DEVICES to the assigned ones."""
-    return torch.device("cuda", 0) if gpu_ids else torch.device("cpu")
+    even if the process could see a GPU. Ray narrows CUDA_VISIBLE_DEVICES to the assigned ones.
+
+    Raises ResourcesError where Ray assigned a GPU that torch cannot use.
+    """
+    if not gpu_ids:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ResourcesError(
+            f"GPU {', '.join(map(str, gpu_ids))} assigned by Ray, and torch {torch.__version__} without CUDA there",
+            "a CUDA device that torch can use on every node that declares GPUs",
+            "the NVIDIA driver and a CUDA build of torch on that node, or resources.*.num_gpus=0",
+        )
+    return torch.device("cuda", 0)
 
 
 def prepare_process(resources: WorkerResources, device: torch.device) -> torch.device:

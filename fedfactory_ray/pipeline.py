@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -102,13 +103,25 @@ def train_modules(session: Session, client_runs: dict[str, ClientRun]) -> Module
 
 def draw_images(session: Session, modules: Modules) -> list[Shard]:
     """A class-balanced data set is drawn from the modules."""
-    from fedfactory_ray.synthesis.synthesize import synthesize
+    from fedfactory_ray.synthesis.synthesize import Drawn, synthesize
 
     total = session.config.synthesis.images_per_class * len({label for _, label in modules})
+    places: Counter[str] = Counter()
     with session.phase("synthesis"), bars(session.console, "drawing images", total, "images") as shown:
-        return synthesize(
-            session.config, modules, session.plan.synthesis, session.storage, lambda n, _: shown.update(n)
-        )
+
+        def on_unit(drawn: Drawn) -> None:
+            if drawn.node is not None:
+                places[" ".join([drawn.node, *(f"gpu {gpu}" for gpu in drawn.gpus)])] += 1
+            shown.update(drawn.images)
+
+        manifest = synthesize(session.config, modules, session.plan.synthesis, session.storage, on_unit)
+    images, seconds = sum(shard.n for shard in manifest), session.seconds["synthesis"]
+    run = session.run.child("synthesis")
+    run.json([vars(shard) for shard in manifest], "manifest.json")
+    run.json(places, "units_by_node.json")
+    run.metrics({"images": images, "seconds": seconds, "images_per_second": images / seconds})
+    run.end()
+    return manifest
 
 
 def training_rows(session: Session, manifest: list[Shard]) -> dict[str, Rows]:
@@ -119,7 +132,7 @@ def training_rows(session: Session, manifest: list[Shard]) -> dict[str, Rows]:
     config = session.config
     digest = hashlib.sha256("".join(shard.rows_sha256 for shard in manifest).encode()).hexdigest()
     rows = {METHOD: shard_rows(session.storage, manifest, digest, config.synthesis.unit_size)}
-    if "centralised" in config.baselines:
+    if "centralised" in config.references:
         rows["centralised"] = real_rows(config, session.partition, session.info)
     return rows
 
@@ -202,11 +215,6 @@ def log_results(
                 [card for card in cards if card.client == client],
                 plots.sample_grid(synthetic, result.examples, class_names, client),
             )
-        images, seconds = sum(shard.n for shard in manifest), session.seconds["synthesis"]
-        synthesis_run = run.child("synthesis")
-        synthesis_run.json([vars(shard) for shard in manifest], "manifest.json")
-        synthesis_run.metrics({"images": images, "seconds": seconds, "images_per_second": images / seconds})
-        synthesis_run.end()
         evaluation_run = run.child("evaluation")
         for method, evaluation in result.evaluations.items():
             evaluation_run.metrics({f"{method}/{k}": v for k, v in evaluation.scalars().items()})
@@ -221,6 +229,7 @@ def log_results(
         examples = np.concatenate(list(result.examples.values()))
         model_uri = run.model(predictor.eval(), examples, result.probabilities)
         run.metrics(result.evaluations[METHOD].scalars())
+        images = sum(shard.n for shard in manifest)
         run.metrics({"uploaded_bytes": uploaded_bytes(modules), "synthetic_images": images, "modules": len(modules)})
     run.metrics({f"seconds/{k}".replace("(", "").replace(")", ""): v for k, v in session.seconds.items()})
     return model_uri

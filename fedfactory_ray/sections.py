@@ -51,12 +51,28 @@ class DataConfig(Section):
         return self
 
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+
+
+class SiloConfig(Section):
+    """A client of the scheme `natural`: where its images lie, and which nodes may read them."""
+
+    name: str = Field(pattern=NAME)
+    """The client's name."""
+    source: str
+    """Its images, as for data.source, with a train split; no other node opens it."""
+    resources: dict[str, float] = {}
+    """Custom resources of the node where it lies, such as `{"hospital-a": 0.01}` (ray start --resources)."""
+    labels: dict[str, str] = {}
+    """Labels of that node, such as `{"site": "hospital-a"}` (ray start --labels)."""
+
+
 class PartitionConfig(Section):
     """How the training images are dealt to the clients."""
 
-    scheme: Literal["silos", "pathological", "dirichlet", "skew"] = "silos"
+    scheme: Literal["silos", "pathological", "dirichlet", "skew", "natural"] = "silos"
     """`silos`: one class a client; `pathological`: k classes a client; `dirichlet`: shares drawn from
-    Dirichlet(alpha); `skew`: the explicit counts below."""
+    Dirichlet(alpha); `skew`: the explicit counts below; `natural`: every client has a source of its own."""
     clients: int | None = Field(None, ge=1)
     """Number of clients; default: one a class (`silos`, `pathological`, `dirichlet`)."""
     classes_per_client: int = Field(2, ge=1)
@@ -67,6 +83,8 @@ class PartitionConfig(Section):
     """Smallest number of images a client may hold."""
     counts: tuple[tuple[int, ...], ...] = ()
     """`skew` only: a row a client, a column a class: how many images it holds."""
+    silos: tuple[SiloConfig, ...] = ()
+    """`natural` only: the clients. Validation and test splits are those of data.source."""
 
     @model_validator(mode="after")
     def _counts_go_with_skew(self) -> PartitionConfig:
@@ -77,6 +95,18 @@ class PartitionConfig(Section):
             )
         if len({len(row) for row in self.counts}) > 1 or any(n < 0 for row in self.counts for n in row):
             raise ValueError("counts: all rows need one column a class, and no number below 0")
+        return self
+
+    @model_validator(mode="after")
+    def _silos_go_with_natural(self) -> PartitionConfig:
+        if (self.scheme == "natural") != bool(self.silos):
+            raise ValueError(
+                f"scheme {self.scheme!r} with {len(self.silos)} silos: `silos` goes with `natural`, "
+                "an entry a client, and with no other scheme"
+            )
+        names = [silo.name for silo in self.silos]
+        if len(set(names)) < len(names):
+            raise ValueError(f"silos {names}: every client needs a name of its own")
         return self
 
 
@@ -266,6 +296,8 @@ class StorageConfig(Section):
 
     uri: str = "runs"
     """Folder of all runs: a local path, a shared folder, or an s3:// or gs:// address."""
+    checkpoint_seconds: float = Field(60.0, gt=0)
+    """Time between the checkpoints of a module's training, from which it goes on after a failure."""
 
 
 class TrackingConfig(Section):

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import pyarrow.parquet as pq
 import ray
 from rich.console import Console
@@ -18,10 +18,12 @@ from rich.console import Console
 from fedfactory_ray import tracking
 from fedfactory_ray.cluster import Plan, connect, make_plan
 from fedfactory_ray.config import Config, flatten
-from fedfactory_ray.data.partition import Partition, make_partition
+from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.errors import FedFactoryError, RunConflictError
+from fedfactory_ray.federation.exchange import digest, import_modules
 from fedfactory_ray.storage import Storage
+from fedfactory_ray.survey import survey
 
 
 @dataclass
@@ -65,12 +67,14 @@ def open_session(config: Config, console: Console) -> Iterator[Session]:
         try:
             connect()
             plan = make_plan(config.resources)
-            info, labels = ray.get(_inspect.remote(config))
+            info, partition, cards = survey(config)
             config.generator.check_resolution(info.resolution)
-            partition = make_partition(config.partition, labels, info.classes, config.seed)
             storage = Storage(config.storage.uri).within(name)
-            claim(config, storage)
+            claim(config.determining() | ({"modules": digest(cards)} if cards else {}), storage)
+            storage.clean()
             save_partition(storage, partition)
+            if config.modules is not None:
+                import_modules(config.modules, storage, cards)
             session = Session(config, name, console, plan, info, partition, storage, logged)
             session.seconds["start"] = time.monotonic() - began
             yield session
@@ -93,14 +97,14 @@ def run_name(config: Config) -> str:
     """The configured name, or one that tells data, scheme and seed and is unique to the settings that matter."""
     if config.name:
         return config.name
-    content = hashlib.sha256(json.dumps(config.determining(), sort_keys=True).encode()).hexdigest()
+    settings = config.determining() | ({"modules": config.modules} if config.modules else {})
+    content = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     source = config.data.source.rpartition(":")[2].rstrip("/").rpartition("/")[2].partition(".")[0]
     return f"{source}-{config.partition.scheme}-seed{config.seed}-{content[:8]}"
 
 
-def claim(config: Config, storage: Storage) -> None:
-    """Make the run's folder this configuration's own. Raises RunConflictError where it is another's."""
-    wanted = config.determining()
+def claim(wanted: dict[str, Any], storage: Storage) -> None:
+    """Make the run's folder that of the settings `wanted`. Raises RunConflictError where it is another's."""
     if storage.exists("config.json"):
         theirs, ours = flatten(storage.read_json("config.json")), flatten(wanted)
         # JSON turns tuples into lists, so compare what both become.
@@ -112,14 +116,6 @@ def claim(config: Config, storage: Storage) -> None:
             )
     else:
         storage.write_json("config.json", wanted)
-
-
-@ray.remote
-def _inspect(config: Config) -> tuple[DataInfo, np.ndarray]:
-    from fedfactory_ray.data.source import inspect
-    from fedfactory_ray.data.sources import open_source
-
-    return inspect(open_source(config.data))
 
 
 def save_partition(storage: Storage, partition: Partition) -> None:

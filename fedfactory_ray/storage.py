@@ -1,4 +1,4 @@
-"""A run's folder: local, shared or s3://, through pyarrow.fs; files appear whole or not at all."""
+"""A run's folder: local, shared, s3:// or gs://, through pyarrow.fs; files appear whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from pyarrow import fs
+
+TEMPORARY = ".tmp"
 
 
 class Storage:
@@ -29,8 +31,9 @@ class Storage:
         return posixpath.join(self.root, name)
 
     def within(self, name: str) -> Storage:
-        """The folder `name` as a storage of its own."""
-        return Storage(f"{self.uri.rstrip('/')}/{name}")
+        """The folder `name` as a storage of its own. Options of the address (`?endpoint_override=…`) stay."""
+        address, mark, options = self.uri.partition("?")
+        return Storage(f"{address.rstrip('/')}/{name}{mark}{options}")
 
     def exists(self, name: str) -> bool:
         """Whether a file of that name is there, whole."""
@@ -51,7 +54,7 @@ class Storage:
     def writing(self, name: str) -> Iterator[BinaryIO]:
         """A stream into a temporary file, which takes its name when the block ends well and is deleted otherwise."""
         target = self.path(name)
-        temporary = f"{target}.{uuid.uuid4().hex}.tmp"
+        temporary = f"{target}.{uuid.uuid4().hex}{TEMPORARY}"
         self.filesystem.create_dir(posixpath.dirname(target), recursive=True)
         stream = self.filesystem.open_output_stream(temporary)
         try:
@@ -66,6 +69,17 @@ class Storage:
         """Write a file at once, atomically."""
         with self.writing(name) as stream:
             stream.write(content)
+
+    def delete(self, name: str) -> None:
+        """Delete a file, if it is there."""
+        if self.exists(name):
+            self.filesystem.delete_file(self.path(name))
+
+    def clean(self) -> None:
+        """Delete the temporary files that killed writers left."""
+        for name in self.names(""):
+            if name.endswith(TEMPORARY):
+                self.filesystem.delete_file(self.path(name))
 
     def sha256(self, name: str) -> str:
         """SHA-256 of a file, read in pieces."""

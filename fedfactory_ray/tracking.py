@@ -115,6 +115,7 @@ class ClientRun:
         self.parent, self.client = parent, client
         self.run: Run | None = None
         self.points: list[tuple[str, int, float]] = []
+        self.tags: dict[str, str] = {}
         self.flushed = time.monotonic()
 
     def progress(self, event: Any) -> None:
@@ -124,8 +125,9 @@ class ClientRun:
             self.flush()
 
     def upload(self, event: Any) -> None:
-        """Take the seconds of a module (a client's `Upload`)."""
+        """Take the seconds of a module, and where it was trained (a client's `Upload`)."""
         self.points.append((f"seconds_class_{event.card.label}", event.card.steps, event.seconds))
+        self.tags = {"node": event.node, "gpus": ",".join(event.gpus)}
 
     def flush(self) -> Run:
         """Write the points so far; returns the run, which starts with the first of them."""
@@ -145,6 +147,8 @@ class ClientRun:
                 "modules": len(cards),
             }
         )
+        for name, value in self.tags.items():
+            run.tag(name, value)
         run.json([vars(card) for card in cards], "modules.json")
         run.figure(grid, "samples.png")
         run.end()

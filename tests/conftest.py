@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+# Several processes share few cores: threads that wait for one another shall not spin.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 SHARED_DATA = Path(os.environ.get("FEDFACTORY_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

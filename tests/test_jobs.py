@@ -19,7 +19,7 @@ sampler: {evaluations: 4}
 synthesis: {images_per_class: 16, batch_size: 8, unit_size: 8}
 classifier: {epochs: 1, batch_size: 16}
 resources: {classifier: {threads: 1}}
-baselines: []
+baselines: [none]
 name: small
 """
 

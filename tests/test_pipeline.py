@@ -207,7 +207,8 @@ def test_another_configuration_under_the_same_name_is_refused(finished: Finished
 
 def test_bytes_do_not_depend_on_the_number_of_actors(finished: Finished, data: Path, tmp_path: Path) -> None:
     alone = run(
-        small_config(tmp_path, data, resources={"max_actors": 1, "classifier": {"threads": 1}}, baselines=()), tmp_path
+        small_config(tmp_path, data, resources={"max_actors": 1, "classifier": {"threads": 1}}, baselines=("none",)),
+        tmp_path,
     )
     for pattern in ("modules/**/*", "synthetic/**/*", "classifier/fedfactory/*", "partition.*"):
         files = [p for p in finished.folder.glob(pattern) if p.is_file()]

@@ -15,11 +15,10 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-from pyarrow import fs
 from ray.util.queue import Queue
 
 from fedfactory_ray.classification.batches import Batches, HeldBatches, StreamedBatches, keep_side
-from fedfactory_ray.classification.fitting import Epoch
+from fedfactory_ray.classification.fitting import WEIGHTS, Epoch
 from fedfactory_ray.classification.models import Task
 from fedfactory_ray.classification.rows import Rows, read_table
 from fedfactory_ray.cluster import Worker
@@ -98,7 +97,8 @@ def fit(
         ),
         run_config=ray.train.RunConfig(
             name=trainer_folder,
-            storage_path=storage.uri,
+            storage_path=storage.root,
+            storage_filesystem=storage.filesystem,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             failure_config=ray.train.FailureConfig(max_failures=2),
         ),
@@ -108,19 +108,11 @@ def fit(
     with _relay(queue, listen):
         checkpoint = trainer.fit().checkpoint
     state = json.loads(_read(checkpoint, "fit.json"))
-    fs.copy_files(
-        f"{checkpoint.path}/model.safetensors",
-        storage.path(f"{folder}/model.safetensors.tmp"),
-        source_filesystem=checkpoint.filesystem,
-        destination_filesystem=_ensure_folder(storage, folder),
-    )
-    storage.filesystem.move(
-        storage.path(f"{folder}/model.safetensors.tmp"), storage.path(f"{folder}/model.safetensors")
-    )
+    storage.write(f"{folder}/{WEIGHTS}", _read(checkpoint, WEIGHTS))
     card = {
         "fingerprint": fingerprint,
         "rows": rows.digest,
-        "sha256": storage.sha256(f"{folder}/model.safetensors"),
+        "sha256": storage.sha256(f"{folder}/{WEIGHTS}"),
         "epoch": state["best"]["epoch"],
         "validation_accuracy": state["best"]["validation_accuracy"],
         "history": state["history"],
@@ -135,11 +127,6 @@ def fit(
     return fitted
 
 
-def _ensure_folder(storage: Storage, folder: str) -> fs.FileSystem:
-    storage.filesystem.create_dir(storage.path(folder), recursive=True)
-    return storage.filesystem
-
-
 def _read(checkpoint: Any, name: str) -> bytes:
     with checkpoint.filesystem.open_input_stream(f"{checkpoint.path}/{name}") as stream:
         return bytes(stream.read())
@@ -147,10 +134,10 @@ def _read(checkpoint: Any, name: str) -> bytes:
 
 def _stored(storage: Storage, folder: str, fingerprint: str) -> Classifier | None:
     """The classifier in `folder`, if it was made by this recipe from these rows and verifies."""
-    if not storage.exists(f"{folder}/card.json") or not storage.exists(f"{folder}/model.safetensors"):
+    if not storage.exists(f"{folder}/card.json") or not storage.exists(f"{folder}/{WEIGHTS}"):
         return None
     card = storage.read_json(f"{folder}/card.json")
-    if card["fingerprint"] != fingerprint or card["sha256"] != storage.sha256(f"{folder}/model.safetensors"):
+    if card["fingerprint"] != fingerprint or card["sha256"] != storage.sha256(f"{folder}/{WEIGHTS}"):
         return None
     history = [Epoch(**epoch) for epoch in card["history"]]
     return Classifier(folder, card["sha256"], card["epoch"], card["validation_accuracy"], history)

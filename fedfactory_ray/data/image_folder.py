@@ -16,13 +16,14 @@ from fedfactory_ray.errors import DataInvalidError
 class ImageFolder:
     """A folder with train/<class>/ and test/<class>/ (val/ optional) of image files."""
 
-    def __init__(self, path: Path, resolution: int | None) -> None:
+    def __init__(self, path: Path, resolution: int | None, class_names: list[str] | None = None) -> None:
         self.path, self.resolution = str(path), resolution
-        if not (path / "train").is_dir() or not (path / "test").is_dir():
+        splits = [path / split for split in ("train", "test") if (path / split).is_dir()]
+        if not splits:
             raise DataInvalidError(path, f"{sorted(p.name for p in path.iterdir())}", "subfolders train and test")
-        self.class_names = sorted(p.name for p in (path / "train").iterdir() if p.is_dir())
+        self.class_names = class_names or sorted(p.name for p in splits[0].iterdir() if p.is_dir())
         if not self.class_names:
-            raise DataInvalidError(path / "train", "no folders", "one folder a class")
+            raise DataInvalidError(splits[0], "no folders", "one folder a class")
 
     @cached_property
     def _files(self) -> dict[Split, list[tuple[str, int]]]:
@@ -35,9 +36,7 @@ class ImageFolder:
             if folder.is_dir():
                 strangers = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name not in index)
                 if strangers:
-                    raise DataInvalidError(
-                        folder, f"folders {strangers}", f"only the classes of train: {self.class_names}"
-                    )
+                    raise DataInvalidError(folder, f"folders {strangers}", f"only the classes {self.class_names}")
                 found += make_dataset(str(folder), index, extensions=IMG_EXTENSIONS, allow_empty=True)
         return files
 
@@ -88,5 +87,5 @@ class ImageFolder:
         channels = 1 if self._mode == "L" else 3
         if self.resolution:
             return (self.resolution, self.resolution, channels)
-        with self._open(self._files["train"][0][0]) as image:
+        with self._open(next(files[0][0] for files in self._files.values() if files)) as image:
             return (image.height, image.width, channels)

@@ -43,9 +43,10 @@ class DataInfo:
         return len(self.class_names)
 
 
-def inspect(source: Source) -> tuple[DataInfo, np.ndarray]:
+def inspect(source: Source, *, trains: bool = True, tests: bool = True) -> tuple[DataInfo, np.ndarray]:
     """Check a whole source without reading an image more than needed; returns its facts and its training labels.
 
+    `trains` asks for training images of every class, `tests` for test images.
     Raises DataInvalidError for labels outside the range, classes without training images, and odd shapes.
     """
     classes = len(source.class_names)
@@ -60,11 +61,11 @@ def inspect(source: Source) -> tuple[DataInfo, np.ndarray]:
                 f"labels from 0 to {classes - 1}",
             )
         counts[split] = np.bincount(labels, minlength=classes).tolist()
-    for split in ("train", "test"):
-        if not sum(counts[split]):
+    for split, needed in (("train", trains), ("test", tests)):
+        if needed and not sum(counts[split]):
             raise DataInvalidError(source.path, f"no {split} images", "a train and a test split")
     empty = [name for name, n in zip(source.class_names, counts["train"], strict=True) if n == 0]
-    if empty:
+    if trains and empty:
         raise DataInvalidError(source.path, f"no training image of class {', '.join(empty)}", "images of every class")
     height, width, channels = source.image_shape()
     if height != width or channels not in (1, 3):

@@ -23,8 +23,11 @@ from fedfactory_ray.seeds import random_state
 CHUNK_BYTES = 2**24
 
 
-def open_source(config: DataConfig) -> Source:
-    """The source that `config` names. Raises DataMissingError or DataInvalidError."""
+def open_source(config: DataConfig, class_names: list[str] | None = None) -> Source:
+    """The source that `config` names, whose classes are `class_names` where the whole data set's are known.
+
+    Raises DataMissingError or DataInvalidError.
+    """
     if config.source == "digits":
         return Digits(config)
     if config.source == "cifar10":
@@ -34,7 +37,7 @@ def open_source(config: DataConfig) -> Source:
     path = Path(config.source).expanduser()
     if not path.exists():
         raise DataMissingError(path.absolute(), None, f"data.source={config.source}")
-    return ImageFolder(path, config.resolution) if path.is_dir() else ArrayFile(path, config.resolution)
+    return (ImageFolder if path.is_dir() else ArrayFile)(path, config.resolution, class_names)
 
 
 class Digits:
@@ -86,19 +89,24 @@ class ArrayFile:
 
     def __init__(self, path: Path, resolution: int | None, class_names: list[str] | None = None) -> None:
         self.path, self.resolution = str(path), resolution
-        self.class_names = class_names or [str(y) for y in range(int(self.labels("train").max(initial=-1)) + 1)]
+        if class_names is None:
+            splits: tuple[Split, ...] = ("train", "test")
+            labels = next((found for split in splits if (found := self.labels(split)).size), np.empty(0))
+            class_names = [str(y) for y in range(int(labels.max(initial=-1)) + 1)]
+        self.class_names = class_names
 
     @contextmanager
     def _open(self, key: str) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
-        """The stream of one array's values, its shape and dtype; a missing val split is an empty array."""
+        """The stream of one array's values, its shape and dtype; a missing split is an empty array."""
         try:
             with zipfile.ZipFile(self.path) as archive:
-                if f"{key}.npy" not in archive.namelist():
-                    if key.startswith("val_"):
+                there = {name.removesuffix(".npy") for name in archive.namelist()}
+                if key not in there:
+                    split = key.partition("_")[0]
+                    if not there & {f"{split}_images", f"{split}_labels"}:
                         yield io.BytesIO(), (0,), np.dtype(np.uint8)
                         return
-                    needed = "train_images, train_labels, test_images, test_labels"
-                    raise DataInvalidError(self.path, f"no array {key!r}", needed)
+                    raise DataInvalidError(self.path, f"no array {key!r}", f"{split}_images and {split}_labels")
                 with archive.open(f"{key}.npy") as member:
                     version = np.lib.format.read_magic(member)
                     read = np.lib.format.read_array_header_1_0

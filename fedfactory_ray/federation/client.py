@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
@@ -14,6 +15,13 @@ from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.sections import WorkerResources
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.storage import Storage
+
+if TYPE_CHECKING:
+    import torch
+
+    from fedfactory_ray.data.source import Source
+
+CHECKPOINT = "checkpoint.safetensors"
 
 
 @dataclass(frozen=True)
@@ -33,7 +41,8 @@ class Upload:
 
     card: ModuleCard
     seconds: float
-    device: str
+    node: str
+    gpus: tuple[str, ...]
 
 
 @ray.remote(max_restarts=0)
@@ -41,50 +50,84 @@ class ClientActor:
     """A slot for clients: pinned to its resources, it serves one client after the other."""
 
     def __init__(self, config: Config, resources: WorkerResources, storage: Storage) -> None:
-        from fedfactory_ray.data.sources import open_source
         from fedfactory_ray.devices import assigned_device, prepare_process
 
         self.config, self.storage = config, storage
         self.device = prepare_process(resources, assigned_device(ray.get_gpu_ids()))
-        self.source = open_source(config.data)
+        self.sources: dict[str, Source] = {}
 
     def train(self, client: str, share: dict[int, np.ndarray]) -> Iterator[Progress | Upload | bytes]:
-        """Train a module for each class of `share` (class → indices into the training split).
+        """Train a module for each class of `share` (class → places in the client's training split).
 
-        A stream of Progress; and for each module an Upload followed by its weights as bytes. Each module is also
-        written to storage, the card last, so that it outlives this process.
+        A stream of Progress; and for each module an Upload followed by its weights as bytes.
         """
-        import torch
+        from fedfactory_ray.data.sources import open_source
 
-        from fedfactory_ray.generation import module
-        from fedfactory_ray.generation.training import TrainingStep, resolve_precision, train_denoiser
+        data = self.config.data_of(client)
+        if data.source not in self.sources:
+            self.sources = {data.source: open_source(data)}
+        node, gpus = ray.get_runtime_context().get_node_id(), tuple(map(str, ray.get_gpu_ids()))
+        for event in train_modules(self.config, self.sources[data.source], client, share, self.device, self.storage):
+            if isinstance(event, Progress):
+                yield event
+            else:
+                card, weights, seconds = event
+                yield Upload(card, seconds, node, gpus)
+                yield weights
 
-        for label, indices in share.items():
-            began, last = time.monotonic(), None
-            images = torch.from_numpy(self.source.images("train", indices))
-            seed = derive_seed(self.config.seed, "train", client, label)
-            for event in train_denoiser(images, self.config.generator, self.device, seed):
-                if isinstance(event, TrainingStep):
-                    last = event
-                    yield Progress(client, label, event.step, event.steps, event.loss)
-                    continue
-                weights = module.pack(event, half=self.config.generator.half_precision_upload)
+
+def train_modules(
+    config: Config,
+    source: Source,
+    client: str,
+    share: dict[int, np.ndarray],
+    device: torch.device,
+    storage: Storage,
+) -> Iterator[Progress | tuple[ModuleCard, bytes, float]]:
+    """Train a client's modules where its images are; yields progress, and each module's card, weights and seconds.
+
+    Each module is written to storage, the card last, so that it outlives this process; until then its latest
+    checkpoint lies there, from which another process goes on.
+    """
+    import torch
+
+    from fedfactory_ray.generation import module
+    from fedfactory_ray.generation.training import TrainingStep, resolve_precision, train_denoiser
+
+    generator = config.generator
+    for label, places in share.items():
+        began, last = time.monotonic(), None
+        folder = f"modules/{client}/class-{label:03d}"
+        # A natural silo's places are those among its own images of the class, for no other node has seen its labels.
+        natural = config.partition.scheme == "natural"
+        indices = np.flatnonzero(source.labels("train") == label)[places] if natural else places
+        images = torch.from_numpy(source.images("train", indices))
+        seed = derive_seed(config.seed, "train", client, label)
+        checkpoint = storage.read(f"{folder}/{CHECKPOINT}") if storage.exists(f"{folder}/{CHECKPOINT}") else None
+        for event in train_denoiser(images, generator, device, seed, checkpoint, config.storage.checkpoint_seconds):
+            if isinstance(event, TrainingStep):
+                last = event
+                yield Progress(client, label, event.step, event.steps, event.loss)
+            elif isinstance(event, bytes):
+                storage.write(f"{folder}/{CHECKPOINT}", event)
+            else:
+                weights = module.pack(event, half=generator.half_precision_upload)
                 channels, resolution, _ = event.image_shape
-            if last is None:
-                raise RuntimeError(f"client {client!r} trained no step for class {label}")
-            card = ModuleCard(
-                client=client,
-                label=label,
-                images=len(indices),
-                channels=channels,
-                resolution=resolution,
-                steps=last.steps,
-                precision=resolve_precision(self.config.generator.precision, self.device),
-                generator=self.config.generator.model_dump(mode="json"),
-                sha256=module.digest(weights),
-                size=len(weights),
-            )
-            self.storage.write(f"{card.folder}/model.safetensors", weights)
-            self.storage.write(f"{card.folder}/card.json", card.to_json())
-            yield Upload(card, time.monotonic() - began, str(self.device))
-            yield weights
+        if last is None:
+            raise RuntimeError(f"client {client!r} trained no step for class {label}")
+        card = ModuleCard(
+            client=client,
+            label=label,
+            images=len(places),
+            channels=channels,
+            resolution=resolution,
+            steps=last.steps,
+            precision=resolve_precision(generator.precision, device),
+            generator=generator.model_dump(mode="json"),
+            sha256=module.digest(weights),
+            size=len(weights),
+        )
+        storage.write(f"{card.folder}/model.safetensors", weights)
+        storage.write(f"{card.folder}/card.json", card.to_json())
+        storage.delete(f"{card.folder}/{CHECKPOINT}")
+        yield card, weights, time.monotonic() - began

@@ -32,6 +32,10 @@ class ModuleCard:
         """Where the module lies in a run's storage."""
         return f"modules/{self.client}/class-{self.label:03d}"
 
+    def same_network(self, other: ModuleCard) -> bool:
+        """Whether one network can hold the weights of both."""
+        return all(getattr(self, f) == getattr(other, f) for f in ("generator", "channels", "resolution"))
+
     def to_json(self) -> bytes:
         """The card as JSON."""
         return json.dumps(asdict(self), indent=2, sort_keys=True).encode()

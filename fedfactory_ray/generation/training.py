@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import os
 import time
@@ -9,6 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
+import safetensors
+import safetensors.torch
 import torch
 from accelerate import Accelerator
 from torch import Tensor
@@ -52,59 +56,145 @@ def ema_average(decay: float, averaged: list[Tensor], current: list[Tensor], cou
     torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + count) / (10 + count)))
 
 
-def train_denoiser(
-    images: Tensor, config: GeneratorConfig, device: torch.device, seed: int
-) -> Iterator[TrainingStep | Denoiser]:
-    """Train the module of one class: yields progress about once a second, and at last the averaged denoiser.
+class Training:
+    """A module's training while it lasts: network, average, optimiser and random numbers, and the checkpoint of all.
 
-    Steps: (1) take the class's statistics; (2) for each step draw a batch with replacement, symmetries, noise levels
-    and noise, and descend EDM's loss (Karras et al. 2022, eq. 8) with AdamW; (3) average the weights along the way.
+    The result is a function of `images`, `config` and `seed`, however often the training is interrupted.
+    """
+
+    def __init__(self, images: Tensor, config: GeneratorConfig, device: torch.device, seed: int) -> None:
+        """Take the class's statistics from `images`, uint8 (n, H, W, C), all of one class."""
+        seed_process(seed)
+        self.config, self.device = config, device
+        self.accelerator = make_accelerator(device, resolve_precision(config.precision, device))
+        self.data = to_tensor(images.to(device), device)
+        network = Denoiser(config, self.data.shape[1], self.data.shape[2]).to(device)
+        network.fit_statistics(self.data)
+        decay = config.ema_decay
+        self.average = AveragedModel(network, multi_avg_fn=lambda a, c, n: ema_average(decay, a, c, n))  # type: ignore[arg-type]
+        self.model, self.optimizer = self.accelerator.prepare(
+            network,
+            torch.optim.AdamW(
+                network.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
+            ),
+        )
+        self.model.train()
+        self.steps, self.step = config.steps(len(self.data)), 0
+        self.draw = torch.Generator(device).manual_seed(seed)
+        content = f"{config.model_dump_json()}\n{seed}\n{device.type}\n{tuple(images.shape)}\n".encode()
+        self.fingerprint = hashlib.sha256(content + images.contiguous().numpy().tobytes()).hexdigest()
+
+    def descend(self) -> Tensor:
+        """One optimiser step on EDM's loss (Karras et al. 2022, eq. 8); returns the loss, ()."""
+        config, device = self.config, self.device
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * warmup_cosine(self.step, self.steps, config.warmup)
+        chosen = torch.randint(len(self.data), (config.batch_size,), generator=self.draw, device=device)
+        batch = self.model.standardise(self.data[chosen])
+        symmetries, augmentation = AUGMENTATIONS[config.augment], None
+        if symmetries > 1:
+            augmentation = torch.randint(symmetries, (len(batch),), generator=self.draw, device=device)
+            batch = augment(batch, augmentation)
+        sigma = sample_sigma(len(batch), config.noise_mean, config.noise_std, self.draw)
+        noise = torch.randn(batch.shape, generator=self.draw, device=device)
+        loss = self.model.loss(batch, sigma, noise, augmentation)
+        self.optimizer.zero_grad()
+        self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+        self.optimizer.step()
+        self.average.update_parameters(self.accelerator.unwrap_model(self.model))
+        self.step += 1
+        return cast(Tensor, loss.detach())
+
+    def save(self) -> bytes:
+        """Everything that the next step depends on, as safetensors."""
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
+        for i, moments in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
+        tensors |= {"draw": self.draw.get_state(), "random.cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
+        if self.accelerator.scaler is not None:
+            scaler = self.accelerator.scaler.state_dict()
+            tensors["scaler"] = torch.tensor([scaler["scale"], scaler["_growth_tracker"]], dtype=torch.float64)
+        facts = {"fingerprint": self.fingerprint, "step": str(self.step)}
+        return safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, facts)
+
+    def load(self, checkpoint: bytes) -> bool:
+        """Go on from a checkpoint; False, and nothing changes, where it is torn or of another training."""
+        try:
+            tensors = safetensors.torch.load(checkpoint)
+        except safetensors.SafetensorError:
+            return False
+        header = int.from_bytes(checkpoint[:8], "little")
+        facts = json.loads(checkpoint[8 : 8 + header])["__metadata__"]
+        if facts["fingerprint"] != self.fingerprint:
+            return False
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        self.model.load_state_dict(part("model."))
+        self.average.load_state_dict(part("average."))
+        moments: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in part("optimizer.").items():
+            i, _, key = name.partition(".")
+            moments.setdefault(int(i), {})[key] = tensor
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        self.draw.set_state(tensors["draw"])
+        torch.set_rng_state(tensors["random.cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(tensors["random.cuda"], self.device)
+        if self.accelerator.scaler is not None:
+            scale, growth = tensors["scaler"].tolist()
+            state = self.accelerator.scaler.state_dict()
+            self.accelerator.scaler.load_state_dict(state | {"scale": scale, "_growth_tracker": int(growth)})
+        self.step = int(facts["step"])
+        return True
+
+
+def train_denoiser(
+    images: Tensor,
+    config: GeneratorConfig,
+    device: torch.device,
+    seed: int,
+    checkpoint: bytes | None = None,
+    checkpoint_seconds: float = math.inf,
+) -> Iterator[TrainingStep | bytes | Denoiser]:
+    """Train the module of one class.
+
+    Yields progress about once a second, every `checkpoint_seconds` a checkpoint (bytes) from which a later call goes
+    on to the same result, and at last the averaged denoiser.
 
     Args:
         images: uint8 (n, H, W, C), all of one class.
         config: Architecture, loss and length of training.
         device: Where to compute.
-        seed: Seed of initialisation, batches and noise; the result is a function of it, of `images` and of `config`.
+        seed: Seed of initialisation, batches and noise.
+        checkpoint: Of an earlier call with the same arguments; any other is left aside.
+        checkpoint_seconds: Time between checkpoints.
 
     Raises FloatingPointError where the loss stops being finite.
     """
-    seed_process(seed)
-    accelerator = make_accelerator(device, resolve_precision(config.precision, device))
-    pixels = images.to(device)
-    data = to_tensor(pixels, device)
-    model = Denoiser(config, data.shape[1], data.shape[2]).to(device)
-    model.fit_statistics(data)
-    average = AveragedModel(model, multi_avg_fn=lambda a, c, n: ema_average(config.ema_decay, a, c, n))  # type: ignore[arg-type]
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
-    )
-    model, optimizer = accelerator.prepare(model, optimizer)
-    model.train()
-    steps, symmetries = config.steps(len(data)), AUGMENTATIONS[config.augment]
-    draw = torch.Generator(device).manual_seed(seed)
+    training = Training(images, config, device, seed)
+    if checkpoint is not None:
+        training.load(checkpoint)
     losses: list[Tensor] = []
-    reported = time.monotonic()
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * warmup_cosine(step, steps, config.warmup)
-        batch = model.standardise(data[torch.randint(len(data), (config.batch_size,), generator=draw, device=device)])
-        augmentation = None
-        if symmetries > 1:
-            augmentation = torch.randint(symmetries, (len(batch),), generator=draw, device=device)
-            batch = augment(batch, augmentation)
-        sigma = sample_sigma(len(batch), config.noise_mean, config.noise_std, draw)
-        noise = torch.randn(batch.shape, generator=draw, device=device)
-        loss = model.loss(batch, sigma, noise, augmentation)
-        optimizer.zero_grad()
-        accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
-        average.update_parameters(accelerator.unwrap_model(model))
-        losses.append(loss.detach())
-        if time.monotonic() - reported > REPORT_SECONDS or step + 1 == steps:
+    reported = saved = time.monotonic()
+    while training.step < training.steps:
+        losses.append(training.descend())
+        now, ended = time.monotonic(), training.step == training.steps
+        if now - reported > REPORT_SECONDS or ended:
             mean = float(torch.stack(losses).mean())
             if not math.isfinite(mean):
-                raise FloatingPointError(f"loss {mean} at step {step + 1} of {steps}: lower generator.learning_rate")
-            yield TrainingStep(step + 1, steps, mean)
-            losses, reported = [], time.monotonic()
-    yield cast(Denoiser, average.module).eval()
+                raise FloatingPointError(
+                    f"loss {mean} at step {training.step} of {training.steps}: lower generator.learning_rate"
+                )
+            yield TrainingStep(training.step, training.steps, mean)
+            losses, reported = [], now
+        if now - saved > checkpoint_seconds and not ended:
+            yield training.save()
+            saved = now
+    yield cast(Denoiser, training.average.module).eval()

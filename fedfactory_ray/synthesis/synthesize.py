@@ -37,6 +37,15 @@ class Shard:
     rows_sha256: str
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Progress of synthesis: images there are so far, and where the last unit was drawn (None: it was there)."""
+
+    images: int
+    node: str | None
+    gpus: tuple[str, ...] = ()
+
+
 class Synthesizer:
     """An actor that draws units; it keeps the network once and the weights of the few modules used last."""
 
@@ -67,8 +76,13 @@ class Synthesizer:
             weights = None
         if weights is None:
             weights = self.storage.read(f"{handle.card.folder}/model.safetensors")
-        denoiser = self.kept.popitem(last=False)[1] if len(self.kept) == KEPT_MODULES else make_denoiser(handle.card)
-        load_weights(denoiser, weights, handle.card)
+        card, denoiser = handle.card, None
+        if len(self.kept) == KEPT_MODULES:
+            old, kept = self.kept.popitem(last=False)
+            denoiser = kept if self.modules[old].card.same_network(card) else None
+        if denoiser is None:
+            denoiser = make_denoiser(card)
+        load_weights(denoiser, weights, card)
         self.kept[key] = denoiser.to(self.device)
         return self.kept[key]
 
@@ -92,7 +106,12 @@ class Synthesizer:
                 precision,
             )
             digests.append(write_shard(self.storage, unit, images))
-        return batch | {"rows_sha256": np.array(digests)}
+        node, gpus = ray.get_runtime_context().get_node_id(), ",".join(map(str, ray.get_gpu_ids()))
+        return batch | {
+            "rows_sha256": np.array(digests),
+            "node": np.full(len(digests), node),
+            "gpus": np.full(len(digests), gpus),
+        }
 
 
 @ray.remote
@@ -117,11 +136,11 @@ def synthesize(
     modules: dict[tuple[str, int], ModuleHandle],
     worker: Worker,
     storage: Storage,
-    listen: Callable[[int, int], None],
+    listen: Callable[[Drawn], None],
 ) -> list[Shard]:
     """Draw the synthetic data set; returns its manifest, which is also written to storage, last.
 
-    `listen` is told images drawn and images in all. The manifest's order is the plan's, whatever order units end in.
+    `listen` is told of every unit. The manifest's order is the plan's, whatever order units end in.
     """
     units = make_units(
         (handle.card for handle in modules.values()),
@@ -129,9 +148,9 @@ def synthesize(
         config.synthesis.unit_size,
         config.seed,
     )
-    total = sum(unit.n for unit in units)
     digests = stored_units(storage, units)
-    drawn = sum(unit.n for unit in units if unit.file in digests)
+    images = sum(unit.n for unit in units if unit.file in digests)
+    listen(Drawn(images, None))
     missing = [asdict(unit) for unit in units if unit.file not in digests]
     if missing:
         drawing = ray.data.from_items(missing, override_num_blocks=len(missing)).map_batches(
@@ -145,8 +164,8 @@ def synthesize(
         for row in drawing.iter_rows():
             unit = Unit(**{name: row[name] for name in Unit.__dataclass_fields__})
             digests[unit.file] = row["rows_sha256"]
-            drawn += unit.n
-            listen(drawn, total)
+            images += unit.n
+            listen(Drawn(images, row["node"], tuple(filter(None, row["gpus"].split(",")))))
     manifest = [
         Shard(unit.file, unit.client, unit.label, unit.index, unit.n, unit.module_sha256, digests[unit.file])
         for unit in units

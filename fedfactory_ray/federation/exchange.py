@@ -1,0 +1,81 @@
+"""Modules as files: how they travel between organisations that share no cluster."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+import ray
+from pydantic import ValidationError
+
+from fedfactory_ray.data.source import DataInfo
+from fedfactory_ray.errors import DataMissingError, ModuleRefusedError
+from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.sections import NAME, GeneratorConfig
+from fedfactory_ray.storage import Storage
+
+PLACE = re.compile(r"modules/(?P<client>[^/]+)/class-(?P<label>\d{3,})/card\.json")
+
+
+def read_cards(uri: str, info: DataInfo) -> list[ModuleCard]:
+    """The cards of the modules below `uri` (`modules/<client>/class-<y>/`), each fit for the data set `info`.
+
+    Raises DataMissingError where there is none, ModuleRefusedError for a card that cannot be trusted.
+    """
+    storage = Storage(uri)
+    places = [found for found in map(PLACE.fullmatch, storage.names("modules")) if found]
+    if not places:
+        raise DataMissingError(f"{storage.uri}/modules/<client>/class-<y>/card.json", None, "jobs/train_client.py")
+    return [_read_card(storage, place["client"], int(place["label"]), info) for place in places]
+
+
+def _read_card(storage: Storage, client: str, label: int, info: DataInfo) -> ModuleCard:
+    def refuse(reason: str) -> ModuleRefusedError:
+        return ModuleRefusedError(client, label, reason)
+
+    try:
+        card = ModuleCard.from_json(storage.read(f"modules/{client}/class-{label:03d}/card.json"))
+        GeneratorConfig(**card.generator).check_resolution(card.resolution)
+    except ValidationError as error:
+        raise refuse(f"its card's generator: {error.errors()[0]['msg']}") from error
+    except (ValueError, TypeError) as error:
+        raise refuse(f"its card cannot be read ({error})") from error
+    if card.key != (client, label) or not re.fullmatch(NAME, client):
+        raise refuse(
+            f"it lies in the folder of {client!r}, class {label}, its card says {card.client!r}, {card.label!r}"
+        )
+    if not 0 <= label < info.classes:
+        raise refuse(f"class {label}, the data set has {info.classes}")
+    if (card.resolution, card.channels) != (info.resolution, info.channels):
+        raise refuse(
+            f"images of side {card.resolution} with {card.channels} channels, "
+            f"the data set has side {info.resolution} and {info.channels}"
+        )
+    if not isinstance(card.images, int) or card.images < 1:
+        raise refuse(f"trained on {card.images!r} images")
+    if not storage.exists(f"{card.folder}/model.safetensors"):
+        raise refuse("model.safetensors is missing beside its card")
+    return card
+
+
+def digest(cards: list[ModuleCard]) -> str:
+    """SHA-256 that names a set of modules."""
+    return hashlib.sha256("".join(f"{c.client}/{c.label}/{c.sha256}\n" for c in cards).encode()).hexdigest()
+
+
+def import_modules(uri: str, storage: Storage, cards: list[ModuleCard]) -> None:
+    """Verify the modules below `uri`, weights included, and copy them into a run's storage.
+
+    Raises ModuleRefusedError, with the client's name; then none of its files was copied.
+    """
+    ray.get([_import_module.remote(Storage(uri), storage, card) for card in cards])
+
+
+@ray.remote
+def _import_module(origin: Storage, storage: Storage, card: ModuleCard) -> None:
+    from fedfactory_ray.generation.module import load_weights, make_denoiser
+
+    weights = origin.read(f"{card.folder}/model.safetensors")
+    load_weights(make_denoiser(card), weights, card)
+    storage.write(f"{card.folder}/model.safetensors", weights)
+    storage.write(f"{card.folder}/card.json", card.to_json())

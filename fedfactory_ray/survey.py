@@ -1,0 +1,77 @@
+"""The survey before anything starts: what the data are, and who holds how much of which class."""
+
+from __future__ import annotations
+
+import numpy as np
+import ray
+
+from fedfactory_ray.cluster import placement, refuse_unknown_places
+from fedfactory_ray.config import Config
+from fedfactory_ray.data.partition import Partition, make_partition
+from fedfactory_ray.data.source import DataInfo
+from fedfactory_ray.errors import DataInvalidError
+from fedfactory_ray.federation.exchange import read_cards
+from fedfactory_ray.generation.card import ModuleCard
+
+
+def survey(config: Config) -> tuple[DataInfo, Partition, list[ModuleCard]]:
+    """Facts of the data, the partition, and the cards of modules that were trained elsewhere.
+
+    Every source is read where it lies: by any node, or by the nodes that may read a natural silo. Raises
+    DataMissingError, DataInvalidError, PartitionError, ModuleRefusedError or ResourcesError.
+    """
+    info, labels = ray.get(_inspect.remote(config))
+    if config.modules is not None:
+        cards = read_cards(config.modules, info)
+        counts = {card.key: card.images for card in cards}
+        return info, held_elsewhere(counts, info.classes), cards
+    if config.partition.scheme == "natural":
+        refuse_unknown_places(config.partition.silos)
+        surveys = [
+            _inspect_silo.options(**placement(config, silo.name)).remote(config, silo.name, info)
+            for silo in config.partition.silos
+        ]
+        counts = {
+            (silo.name, y): n
+            for silo, found in zip(config.partition.silos, ray.get(surveys), strict=True)
+            for y, n in enumerate(found)
+            if n
+        }
+        missing = sorted(set(range(info.classes)) - {y for _, y in counts})
+        if missing:
+            names = ", ".join(info.class_names[y] for y in missing)
+            raise DataInvalidError("partition.silos", f"no silo with a training image of class {names}", "every class")
+        return info, held_elsewhere(counts, info.classes), []
+    return info, make_partition(config.partition, labels, info.classes, config.seed), []
+
+
+def held_elsewhere(counts: dict[tuple[str, int], int], classes: int) -> Partition:
+    """A partition whose images only their clients know: places among the client's own images of each class."""
+    shares: dict[str, dict[int, np.ndarray]] = {}
+    for (client, label), n in sorted(counts.items()):
+        shares.setdefault(client, {})[label] = np.arange(n)
+    return Partition(classes, shares)
+
+
+@ray.remote
+def _inspect(config: Config) -> tuple[DataInfo, np.ndarray]:
+    from fedfactory_ray.data.source import inspect
+    from fedfactory_ray.data.sources import open_source
+
+    return inspect(open_source(config.data), trains=not config.apart)
+
+
+@ray.remote
+def _inspect_silo(config: Config, client: str, info: DataInfo) -> list[int]:
+    """Training images a class of a natural silo: all that leaves its node."""
+    from fedfactory_ray.data.source import inspect
+    from fedfactory_ray.data.sources import open_source
+
+    source = open_source(config.data_of(client), info.class_names)
+    found, _ = inspect(source, trains=False, tests=False)
+    if not sum(found.counts["train"]):
+        raise DataInvalidError(source.path, "no train images", "training images of the silo's own classes")
+    ours, theirs = ((i.class_names, i.resolution, i.channels) for i in (found, info))
+    if ours != theirs:
+        raise DataInvalidError(source.path, f"classes, side and channels {ours}", f"those of the test split, {theirs}")
+    return found.counts["train"]
