@@ -1,0 +1,97 @@
+"""`ray job submit` as a user runs it: a head with token authentication, the working directory uploaded."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import mlflow
+import pytest
+import yaml
+from conftest import write_npz
+from test_nodes import ROOT, SMALL
+
+BIN = Path(sys.executable).parent
+MAX_UPLOAD = 2**20
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def head(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """A head as `ray start --head` makes it; yields the environment of its users."""
+    address, dashboard = free_port(), free_port()
+    token = tmp_path / "token"
+    token.write_text("0123456789abcdef0123456789abcdef")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "PYTHONPATH"))}
+    environment = inherited | {
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+    }
+    temporary = Path("/tmp") / f"ff-{os.getpid()}"  # Ray's sockets need a short path
+    process = subprocess.Popen(
+        [
+            *("ray", "start", "--head", "--block", "--num-cpus=2", f"--port={address}"),
+            *(f"--dashboard-port={dashboard}", f"--temp-dir={temporary}", "--dashboard-agent-listen-port=0"),
+        ],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        for _ in range(600):
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", dashboard)) == 0:
+                    break
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.1)
+        yield environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(30)
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def test_a_submitted_job_is_read_back_from_mlflow(head: dict[str, str], tmp_path: Path) -> None:
+    data = write_npz(tmp_path / "stripes.npz", n=30)
+    work = tmp_path / "work"
+    shutil.copytree(ROOT, work, ignore=shutil.ignore_patterns(".git", ".venv", "*_cache", "__pycache__"))
+    (work / "runs").mkdir(exist_ok=True)
+    (work / "runs" / "big.bin").write_bytes(os.urandom(2 * MAX_UPLOAD))  # ignored by .gitignore
+    (work / "small.yaml").write_text(yaml.safe_dump(SMALL | {"data": {"source": str(data)}}))
+    command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/run.py", "--config", "small.yaml"]
+    places = ["--storage.uri", str(tmp_path / "shared"), "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
+
+    refused = subprocess.run(
+        command, cwd=work, env=head | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode != 0
+    assert "uthenticat" in refused.stdout + refused.stderr
+
+    submitted = subprocess.run(command + places, cwd=work, env=head, capture_output=True, text=True, check=False)
+    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
+    assert "accuracy, fedfactory" in submitted.stdout
+    assert "succeeded" in submitted.stdout
+    (uploaded,) = re.findall(r"Package gcs://\S+ \(([\d.]+)MiB\)", submitted.stdout + submitted.stderr) or [""]
+    assert float(uploaded) < 1
+
+    client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = [run for run in client.search_runs(["1"]) if "mlflow.parentRunId" not in run.data.tags]
+    assert run.info.status == "FINISHED"
+    assert 0 <= run.data.metrics["accuracy"] <= 1
+    assert (tmp_path / "shared" / "small" / "evaluation.json").exists()
