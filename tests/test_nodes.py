@@ -109,7 +109,7 @@ def undisturbed(data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     """Digests of a run on this machine."""
     folder = tmp_path_factory.mktemp("undisturbed")
     found = finish(start(folder, data), folder)
-    assert len(found) == 5 * 2 + 18 + 1 + 2 + 2
+    assert len(found) == 6 * 2 + 21 + 1 + 2 + 2
     return found
 
 
@@ -153,7 +153,7 @@ def test_logical_gpus_on_two_nodes_are_pinned_shared_and_queued_for(
     with_gpu = {entry["pid"]: entry["gpus"][0] for entry in asked if entry["gpus"]}
     assert len(with_gpu) == 4  # two clients' actors, two synthesis actors for the two CPUs
     assert {entry["node"] for entry in asked if entry["gpus"]} == {clients[0]["node"]}
-    assert sum(units_by_node(tmp_path).values()) == 18
+    assert sum(units_by_node(tmp_path).values()) == 21
     assert all(place.split(" gpu ")[1] in ("0", "1") for place in units_by_node(tmp_path))
 
 
