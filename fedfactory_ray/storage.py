@@ -32,7 +32,7 @@ class Storage:
 
     def within(self, name: str) -> Storage:
         """The folder `name` as a storage of its own. Options of the address (`?endpoint_override=…`) stay."""
-        address, mark, options = self.uri.partition("?")
+        address, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
         return Storage(f"{address.rstrip('/')}/{name}{mark}{options}")
 
     def exists(self, name: str) -> bool:

@@ -1,9 +1,11 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from fedfactory_ray.command_line import make_config
 from fedfactory_ray.config import Config, flatten
@@ -97,3 +99,39 @@ def test_unknown_option_is_refused_before_anything_starts() -> None:
     assert result.returncode == 2
     assert "generator.depth" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+SILOS = [{"name": "a", "source": "a.npz"}, {"name": "b", "source": "b.npz"}]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"partition": {"scheme": "natural"}}, "`silos` goes with `natural`"),
+        ({"partition": {"silos": SILOS}}, "`silos` goes with `natural`"),
+        ({"partition": {"scheme": "natural", "silos": SILOS + SILOS[:1]}}, "a name of its own"),
+        ({"partition": {"scheme": "natural", "silos": [{"name": "../a", "source": "a.npz"}]}}, "match pattern"),
+        ({"partition": {"scheme": "natural", "silos": SILOS}, "baselines": ["centralised"]}, "in one place"),
+        ({"modules": "exchange", "baselines": ["centralised"]}, "in one place"),
+    ],
+)
+def test_silos_that_are_apart_stay_apart(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        Config.model_validate(values)
+
+
+def test_references_are_those_that_the_data_allow() -> None:
+    natural = Config.model_validate({"partition": {"scheme": "natural", "silos": SILOS}})
+    assert Config().references == ("centralised",)
+    assert make_config(overrides=["--baselines", "none"]).references == ()
+    assert natural.references == Config(modules="exchange").references == ()
+    assert natural.data_of("b").source == "b.npz"
+    assert natural.data_of("b").root == natural.data.root
+
+
+def test_where_a_silo_lies_does_not_determine_the_results() -> None:
+    here, there = (
+        Config.model_validate({"partition": {"scheme": "natural", "silos": [SILOS[0] | place]}})
+        for place in ({}, {"labels": {"site": "x"}, "resources": {"y": 1}})
+    )
+    assert here.determining() == there.determining()

@@ -530,7 +530,36 @@ def test_a_class_without_training_images_is_refused_by_name(tmp_path: Path) -> N
 
 
 def test_folders_without_splits_or_classes_are_refused(tmp_path: Path) -> None:
-    (tmp_path / "train").mkdir()
     assert "subfolders train and test" in refusal(tmp_path)
-    (tmp_path / "test").mkdir()
+    (tmp_path / "train").mkdir()
     assert "one folder a class" in refusal(tmp_path)
+    (tmp_path / "train" / "cat").mkdir()
+    Image.new("L", (8, 8)).save(tmp_path / "train" / "cat" / "1.png")
+    assert "no test images" in refusal(tmp_path)
+
+
+# Parts of a data set: natural silos and what they are tested on
+
+
+def test_a_folder_with_some_of_the_classes_keeps_their_numbers(tmp_path: Path) -> None:
+    (tmp_path / "train" / "dog").mkdir(parents=True)
+    Image.new("L", (8, 8), 9).save(tmp_path / "train" / "dog" / "1.png")
+    source = open_source(DataConfig(source=str(tmp_path)), ["cat", "dog", "eel"])
+    info, labels = inspect(source, trains=False, tests=False)
+    assert info.counts["train"] == [0, 1, 0]
+    assert labels.tolist() == [1]
+    assert source.images("train").shape == (1, 8, 8, 1)
+    with pytest.raises(DataInvalidError, match="folders \\['dog'\\]"):
+        inspect(open_source(DataConfig(source=str(tmp_path)), ["cat", "eel"]))
+
+
+def test_a_file_with_a_test_split_alone_is_enough_to_test_on(tmp_path: Path) -> None:
+    whole = dict(np.load(write_npz(tmp_path / "whole.npz")))
+    np.savez(tmp_path / "test.npz", **{name: array for name, array in whole.items() if name.startswith("test_")})
+    source = open_source(DataConfig(source=str(tmp_path / "test.npz")))
+    info, labels = inspect(source, trains=False)
+    assert (info.class_names, info.resolution, len(labels)) == (["0", "1", "2"], 8, 0)
+    assert info.counts == {"train": [0, 0, 0], "val": [0, 0, 0], "test": [20, 20, 20]}
+    assert "no train images" in refusal(tmp_path / "test.npz")
+    np.savez(tmp_path / "half.npz", test_images=whole["test_images"])
+    assert "no array 'test_labels'" in refusal(tmp_path / "half.npz")
