@@ -140,6 +140,11 @@ def test_logical_gpus_on_two_nodes_are_pinned_shared_and_queued_for(
     }
     with nodes(monkeypatch, {"num_cpus": 3}, {"num_cpus": 2, "num_gpus": 2}):
         made = finish(start(tmp_path, data, resources=resources), tmp_path)
+        monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
+        without_cuda = start(tmp_path, data, resources=resources, name="without-cuda")
+        out, _ = without_cuda.communicate(timeout=100)
+    assert without_cuda.returncode == 2
+    assert "assigned by Ray, and torch" in out
     assert made == undisturbed
     runs = children(tmp_path)
     clients = [runs[name].data.tags for name in ("client-000", "client-001", "client-002")]

@@ -20,6 +20,7 @@ from fedfactory_ray.command_line import make_config
 from fedfactory_ray.config import Config
 from fedfactory_ray.errors import DataInvalidError, RunConflictError
 from fedfactory_ray.federation import round as federation_round
+from fedfactory_ray.federation import slots as federation_slots
 from fedfactory_ray.report import Report, report_table
 from fedfactory_ray.session import run_name
 from fedfactory_ray.storage import Storage
@@ -278,7 +279,7 @@ def test_a_hundred_clients_share_two_slots(cluster: None, tmp_path: Path, monkey
 
             return Start
 
-    monkeypatch.setattr(federation_round, "ClientActor", Counting)
+    monkeypatch.setattr(federation_slots, "ClientActor", Counting)
     worker = make_plan(config.resources).client
     modules = federation_round.run_round(config, partition, worker, Storage(str(tmp_path / "run")), lambda event: None)
     assert list(modules) == [(client, label) for client, label, _ in partition]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -50,24 +51,33 @@ class ClientActor:
     """A slot for clients: pinned to its resources, it serves one client after the other."""
 
     def __init__(self, config: Config, resources: WorkerResources, storage: Storage) -> None:
+        self.config, self.resources, self.storage = config, resources, storage
+        self.sources: dict[str, Source] = {}
+
+    @cached_property
+    def device(self) -> torch.device:
+        """The device that Ray assigned; found at the first call, for a refusal is lost in a constructor."""
         from fedfactory_ray.devices import assigned_device, prepare_process
 
-        self.config, self.storage = config, storage
-        self.device = prepare_process(resources, assigned_device(ray.get_gpu_ids()))
-        self.sources: dict[str, Source] = {}
+        return prepare_process(self.resources, assigned_device(ray.get_gpu_ids()))
+
+    def source(self, client: str) -> Source:
+        """The client's images; of the sources the last one stays open."""
+        from fedfactory_ray.data.sources import open_source
+
+        data = self.config.data_of(client)
+        if data.source not in self.sources:
+            self.sources = {data.source: open_source(data)}
+        return self.sources[data.source]
 
     def train(self, client: str, share: dict[int, np.ndarray]) -> Iterator[Progress | Upload | bytes]:
         """Train a module for each class of `share` (class → places in the client's training split).
 
         A stream of Progress; and for each module an Upload followed by its weights as bytes.
         """
-        from fedfactory_ray.data.sources import open_source
-
-        data = self.config.data_of(client)
-        if data.source not in self.sources:
-            self.sources = {data.source: open_source(data)}
+        device, source = self.device, self.source(client)
         node, gpus = ray.get_runtime_context().get_node_id(), tuple(map(str, ray.get_gpu_ids()))
-        for event in train_modules(self.config, self.sources[data.source], client, share, self.device, self.storage):
+        for event in train_modules(self.config, source, client, share, device, self.storage):
             if isinstance(event, Progress):
                 yield event
             else:

@@ -1,0 +1,95 @@
+"""Slots: client actors that serve client after client, as many side by side as the cluster has room for."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, cast
+
+import ray
+from ray.exceptions import RayError
+
+from fedfactory_ray.cluster import Worker, placement
+from fedfactory_ray.config import Config
+from fedfactory_ray.federation.client import ClientActor
+from fedfactory_ray.storage import Storage
+
+ATTEMPTS = 3
+
+
+class Slots:
+    """The actors: each serves clients of its own place, and goes when nobody waits for that place."""
+
+    def __init__(self, config: Config, worker: Worker, storage: Storage) -> None:
+        self.config, self.worker, self.storage = config, worker, storage
+        self.idle: dict[str, list[Any]] = {}
+        self.count = 0
+        # Natural silos wait for their own nodes, so none may wait for another's slot.
+        self.limit = len(config.partition.silos) or worker.slots
+
+    def serve(
+        self,
+        clients: list[str],
+        begin: Callable[[Any, str], Any],
+        hear: Callable[[str, Any, Any], None],
+        fail: Callable[[str, RayError, int], bool],
+    ) -> None:
+        """Serve `clients` in this order, as slots come free.
+
+        `begin(actor, client)` starts the client's stream; `hear(client, event, stream)` takes each of its events;
+        `fail(client, error, attempts)` tells whether a client whose stream broke off is given to another actor.
+        """
+        waiting, attempts = list(clients), dict.fromkeys(clients, 0)
+        running: dict[Any, tuple[str, Any]] = {}
+        try:
+            while waiting or running:
+                self._keep_places({self._place(client) for client in waiting})
+                for client in list(waiting):
+                    actor = self._take(client)
+                    if actor is not None:
+                        waiting.remove(client)
+                        attempts[client] += 1
+                        running[begin(actor, client)] = (client, actor)
+                (stream, *_), _ = ray.wait(list(running), num_returns=1, fetch_local=False)
+                client, actor = running[stream]
+                try:
+                    hear(client, ray.get(next(stream)), stream)
+                except StopIteration:
+                    del running[stream]
+                    self.idle.setdefault(self._place(client), []).append(actor)
+                except RayError as error:
+                    del running[stream]
+                    self._stop(actor)
+                    if fail(client, error, attempts[client]):
+                        waiting.append(client)
+        finally:
+            for _, actor in running.values():
+                ray.kill(actor)
+            self._keep_places(set())
+
+    def _place(self, client: str) -> str:
+        """Clients of the same place may use the same actor."""
+        return json.dumps(placement(self.config, client), sort_keys=True)
+
+    def _take(self, client: str) -> Any | None:
+        """An actor for `client`, or None while all slots are taken."""
+        idle = self.idle.get(self._place(client))
+        if idle:
+            return idle.pop()
+        if self.count == self.limit:
+            return None
+        self.count += 1
+        demands = {"num_cpus": self.worker.num_cpus, "num_gpus": self.worker.num_gpus}
+        options = cast(Any, ClientActor).options(**demands, **placement(self.config, client))
+        return options.remote(self.config, self.worker.resources, self.storage)
+
+    def _stop(self, actor: Any) -> None:
+        """End an actor, so that what it held goes to those that wait for room (a dead node's slot may never return)."""
+        ray.kill(actor)
+        self.count -= 1
+
+    def _keep_places(self, places: set[str]) -> None:
+        """End the idle actors of all other places."""
+        for place in set(self.idle) - places:
+            for actor in self.idle.pop(place):
+                self._stop(actor)
