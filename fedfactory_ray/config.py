@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from fedfactory_ray.sections import (
     ClassifierConfig,
     DataConfig,
+    ExpertsConfig,
     GeneratorConfig,
     PartitionConfig,
     ResourcesConfig,
@@ -21,6 +22,9 @@ from fedfactory_ray.sections import (
     SynthesisConfig,
     TrackingConfig,
 )
+
+METHOD, PRODUCT, MIXTURE = "fedfactory", "product", "mixture"
+"""Names in tables and logs: Architecture I's classifier, Architecture II's two ways to combine experts."""
 
 
 class Config(BaseSettings):
@@ -40,6 +44,9 @@ class Config(BaseSettings):
     """Name of the run and of its folder; the same name again resumes it. Default: made from the configuration."""
     seed: int = Field(0, ge=0)
     """Seed of everything random."""
+    architecture: Literal["centralised", "decentralised", "both"] = "centralised"
+    """`centralised`: one classifier, fitted on synthetic images alone; `decentralised`: an expert a client, fitted
+    there on its real and on synthetic images, and the product of all experts; `both`, from the same modules."""
     baselines: tuple[Literal["centralised"], ...] = ("centralised",)
     """References beside the factory: `centralised` fits the same classifier on all real training images."""
     data: DataConfig = DataConfig()
@@ -54,6 +61,8 @@ class Config(BaseSettings):
     """Synthetic images."""
     classifier: ClassifierConfig = ClassifierConfig()
     """Classifier."""
+    experts: ExpertsConfig = ExpertsConfig()
+    """Experts."""
     resources: ResourcesConfig = ResourcesConfig()
     """Resources."""
     storage: StorageConfig = StorageConfig()
@@ -77,9 +86,18 @@ class Config(BaseSettings):
             )
         return self
 
+    @property
+    def main_method(self) -> str:
+        """The method that the run is about, among its evaluations."""
+        return PRODUCT if self.architecture == "decentralised" else METHOD
+
     def determining(self) -> dict[str, Any]:
-        """The settings that determine the results, as JSON values: all but where things run and are kept."""
-        tree = self.model_dump(mode="json", exclude={"name", "storage", "tracking", "resources", "baselines"})
+        """The settings that determine what the run makes, as JSON values: all but where things run and are kept.
+
+        Neither `architecture` nor `experts` counts: they add to a run and change nothing that is there.
+        """
+        chosen = {"architecture", "experts", "baselines"}
+        tree = self.model_dump(mode="json", exclude={"name", "storage", "tracking", "resources", *chosen})
         del tree["data"]["root"], tree["data"]["download"]
         threads = {name: getattr(self.resources, name).threads for name in ("client", "synthesis", "classifier")}
         tree["resources"] = {"classifier_workers": self.resources.classifier_workers, "threads": threads}

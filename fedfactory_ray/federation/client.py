@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
@@ -14,6 +15,10 @@ from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.sections import WorkerResources
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.storage import Storage
+
+if TYPE_CHECKING:
+    from fedfactory_ray.classification.fitting import Epoch
+    from fedfactory_ray.federation.expert import Assignment, Expert
 
 
 @dataclass(frozen=True)
@@ -88,3 +93,9 @@ class ClientActor:
             self.storage.write(f"{card.folder}/card.json", card.to_json())
             yield Upload(card, time.monotonic() - began, str(self.device))
             yield weights
+
+    def fit_expert(self, assignment: Assignment) -> Iterator[Epoch | Expert]:
+        """Fit the client's expert, see `expert.fit_expert`: a stream of its epochs and, at the end, the expert."""
+        from fedfactory_ray.federation.expert import fit_expert
+
+        yield from fit_expert(self.config, assignment, self.source, self.storage, self.device)

@@ -32,6 +32,11 @@ class ModuleCard:
         """Where the module lies in a run's storage."""
         return f"modules/{self.client}/class-{self.label:03d}"
 
+    @property
+    def upload_bytes(self) -> int:
+        """Bytes on the wire: weights and card."""
+        return self.size + len(self.to_json())
+
     def to_json(self) -> bytes:
         """The card as JSON."""
         return json.dumps(asdict(self), indent=2, sort_keys=True).encode()
