@@ -197,7 +197,7 @@ def fit_experts(session: Session, modules: Modules, manifest: list[Shard], task:
 
         experts = ensemble.fit_experts(config, assignments, session.plan.client, session.storage, on_expert)
     for client, reason in experts.missing.items():
-        session.console.print(f"[red]expert of {client} is missing[/red], the product is without it: {reason}")
+        session.console.print(f"expert of {client} is missing, the product is without it: {reason}", markup=False)
         session.run.tag(f"missing_expert.{client}", reason)
     return experts
 
