@@ -181,7 +181,9 @@ def fit_experts(session: Session, modules: Modules, manifest: list[Shard], task:
     ):
 
         def on_expert(client: str, event: Epoch | Expert) -> None:
-            curves = children.setdefault(client, Curves(session.run.child(f"expert-{client}")))
+            if client not in children:
+                children[client] = Curves(session.run.child(f"expert-{client}"))
+            curves = children[client]
             if isinstance(event, Expert):
                 curves.rest(event.history)
                 figures = ("real", "pool", "downlink_bytes")
@@ -199,6 +201,8 @@ def fit_experts(session: Session, modules: Modules, manifest: list[Shard], task:
     for client, reason in experts.missing.items():
         session.console.print(f"expert of {client} is missing, the product is without it: {reason}", markup=False)
         session.run.tag(f"missing_expert.{client}", reason)
+        if client in children:
+            children[client].run.end("FAILED")
     return experts
 
 

@@ -163,16 +163,16 @@ class Curves:
         self.logged: set[int] = set()
 
     def add(self, epoch: Epoch) -> None:
-        """Log an epoch's figures."""
-        self.logged.add(epoch.epoch)
-        figures = {k: v for k, v in vars(epoch).items() if k not in ("epoch", "epochs")}
-        self.run.metrics(figures, step=epoch.epoch)
+        """Log an epoch's figures, unless an attempt that broke off told them already."""
+        if epoch.epoch not in self.logged:
+            self.logged.add(epoch.epoch)
+            figures = {k: v for k, v in vars(epoch).items() if k not in ("epoch", "epochs")}
+            self.run.metrics(figures, step=epoch.epoch)
 
     def rest(self, history: Iterable[Epoch]) -> None:
         """Log the epochs of a fit's history that are not logged yet."""
         for epoch in history:
-            if epoch.epoch not in self.logged:
-                self.add(epoch)
+            self.add(epoch)
 
 
 def start_run(config: Config, name: str) -> Run:
