@@ -129,12 +129,10 @@ def make_batches(
         own = real.get(y, np.empty((0, *shape), np.uint8))
         validates = np.arange(len(own)) % period == period - 1
         pool = read_shards(storage, [shard.file for shard in assignment.shards if shard.label == y])
-        for validation, groups in enumerate(sides):
-            drawn = keep_side(pool, config.synthesis.unit_size, fraction, bool(validation))
-            shown = round(quota * (fraction if validation else 1 - fraction))
-            groups += compose(
-                y, own[validates == validation], images_of(drawn, shape), shown, real_share(config, len(own))
-            )
+        for side, groups in zip((False, True), sides, strict=True):
+            drawn = keep_side(pool, config.synthesis.unit_size, fraction, validation=side)
+            shown = round(quota * (fraction if side else 1 - fraction))
+            groups += compose(y, own[validates == side], images_of(drawn, shape), shown, real_share(config, len(own)))
     seed = derive_seed(config.seed, "expert", assignment.client)
     training, validation = (BalancedBatches(groups, config.classifier.batch_size, seed) for groups in sides)
     return training, validation
