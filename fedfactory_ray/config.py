@@ -14,6 +14,7 @@ from fedfactory_ray.sections import (
     NAME,
     ClassifierConfig,
     DataConfig,
+    ExpertsConfig,
     GeneratorConfig,
     PartitionConfig,
     ResourcesConfig,
@@ -22,6 +23,9 @@ from fedfactory_ray.sections import (
     SynthesisConfig,
     TrackingConfig,
 )
+
+METHOD, PRODUCT, MIXTURE = "fedfactory", "product", "mixture"
+"""Names in tables and logs: Architecture I's classifier, Architecture II's two ways to combine experts."""
 
 
 class Config(BaseSettings):
@@ -41,6 +45,9 @@ class Config(BaseSettings):
     """Name of the run and of its folder; the same name again resumes it. Default: made from the configuration."""
     seed: int = Field(0, ge=0)
     """Seed of everything random."""
+    architecture: Literal["centralised", "decentralised", "both"] = "centralised"
+    """`centralised`: one classifier, fitted on synthetic images alone; `decentralised`: an expert a client, fitted
+    there on its real and on synthetic images, and the product of all experts; `both`, from the same modules."""
     baselines: tuple[Literal["centralised", "none"], ...] = ()
     """References beside the factory: `centralised` fits the same classifier on all real training images; `none`.
     Default: `centralised`, unless no one may read all the images (partition `natural`, modules from files)."""
@@ -58,6 +65,8 @@ class Config(BaseSettings):
     """Synthetic images."""
     classifier: ClassifierConfig = ClassifierConfig()
     """Classifier."""
+    experts: ExpertsConfig = ExpertsConfig()
+    """Experts."""
     resources: ResourcesConfig = ResourcesConfig()
     """Resources."""
     storage: StorageConfig = StorageConfig()
@@ -100,6 +109,11 @@ class Config(BaseSettings):
                 f"{'modules from files' if self.modules else 'partition natural'}: they need all training images in "
                 "one place; leave baselines out"
             )
+        if self.modules is not None and self.architecture != "centralised":
+            raise ValueError(
+                f"architecture={self.architecture} with modules from files: an expert is fitted where its client's "
+                "real images are; needed architecture=centralised, or a cluster of the clients (partition natural)"
+            )
         return self
 
     def data_of(self, client: str) -> DataConfig:
@@ -109,11 +123,18 @@ class Config(BaseSettings):
                 return self.data.model_copy(update={"source": silo.source})
         return self.data
 
+    @property
+    def main_method(self) -> str:
+        """The method that the run is about, among its evaluations."""
+        return PRODUCT if self.architecture == "decentralised" else METHOD
+
     def determining(self) -> dict[str, Any]:
-        """The settings that determine the results, as JSON values: all but where things run and are kept."""
-        tree = self.model_dump(
-            mode="json", exclude={"name", "storage", "tracking", "resources", "baselines", "modules"}
-        )
+        """The settings that determine what the run makes, as JSON values: all but where things run and are kept.
+
+        Neither `architecture` nor `experts` counts: they add to a run and change nothing that is there.
+        """
+        chosen = {"architecture", "experts", "baselines", "modules"}
+        tree = self.model_dump(mode="json", exclude={"name", "storage", "tracking", "resources", *chosen})
         del tree["data"]["root"], tree["data"]["download"]
         for silo in tree["partition"]["silos"]:
             del silo["resources"], silo["labels"]

@@ -1,4 +1,4 @@
-"""The main job: partition → modules → synthetic images → classifier → evaluation, logged as it goes.
+"""The main job: partition → modules → synthetic images → classifier, experts → evaluation, logged as it goes.
 
 Each phase imports what it needs: clients are at work before the driver has loaded torch.
 """
@@ -15,26 +15,30 @@ import ray
 from rich.console import Console
 
 from fedfactory_ray import plots, tracking
-from fedfactory_ray.config import Config
+from fedfactory_ray.config import METHOD, Config
 from fedfactory_ray.progress import bars
 from fedfactory_ray.report import Report, partition_table
 from fedfactory_ray.session import Session, open_session
-from fedfactory_ray.tracking import ClientRun
+from fedfactory_ray.tracking import ClientRun, Curves
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fedfactory_ray.classification.models import Task
     from fedfactory_ray.classification.prediction import TestResult
     from fedfactory_ray.classification.rows import Rows
     from fedfactory_ray.classification.training import Classifier
+    from fedfactory_ray.federation.ensemble import Experts
     from fedfactory_ray.federation.round import ModuleHandle
     from fedfactory_ray.synthesis.synthesize import Shard
 
-METHOD = "fedfactory"
 Modules = dict[tuple[str, int], "ModuleHandle"]
 
 
 def run(config: Config, console: Console) -> Report:
-    """Run FederatedFactory's Architecture I as configured, or go on where an earlier start of the same run stopped.
+    """Run FederatedFactory as configured, or go on where an earlier start of the same run stopped.
+
+    Architecture I fits one classifier on the synthetic images, Architecture II an expert a client; both from the same.
 
     Raises FedFactoryError for what the user can mend; then nothing was trained.
     """
@@ -48,24 +52,30 @@ def run(config: Config, console: Console) -> Report:
             method: fit_classifier(session, method, rows, task)
             for method, rows in training_rows(session, manifest).items()
         }
-        result, drawn = evaluate(session, task, manifest, classifiers)
-        model_uri = log_results(session, task, modules, manifest, classifiers, result, drawn, client_runs)
+        experts = fit_experts(session, modules, manifest, task)
+        result, drawn = evaluate(session, task, manifest, classifiers, experts)
+        models = log_results(session, task, modules, manifest, classifiers, experts, result, drawn, client_runs)
     return Report(
         name=session.name,
         storage=session.storage.uri,
         tracking_uri=tracking.tracking_uri(config),
-        model_uri=model_uri,
+        models=models,
         modules=len(modules),
         uploaded_bytes=uploaded_bytes(modules),
+        downlink_bytes=sum(expert.downlink_bytes for expert in experts.fitted.values()),
         synthetic_images=sum(shard.n for shard in manifest),
         seconds=session.seconds,
+        main=config.main_method,
         evaluations=result.evaluations,
+        experts=result.experts,
+        differences=result.differences,
+        missing=experts.missing,
     )
 
 
 def uploaded_bytes(modules: Modules) -> int:
     """Bytes of all uploads: weights and cards."""
-    return sum(handle.card.size + len(handle.card.to_json()) for handle in modules.values())
+    return sum(handle.card.upload_bytes for handle in modules.values())
 
 
 def make_task(session: Session) -> Task:
@@ -130,8 +140,10 @@ def training_rows(session: Session, manifest: list[Shard]) -> dict[str, Rows]:
     from fedfactory_ray.classification.rows import shard_rows
 
     config = session.config
-    digest = hashlib.sha256("".join(shard.rows_sha256 for shard in manifest).encode()).hexdigest()
-    rows = {METHOD: shard_rows(session.storage, manifest, digest, config.synthesis.unit_size)}
+    rows = {}
+    if config.architecture != "decentralised":
+        digest = hashlib.sha256("".join(shard.rows_sha256 for shard in manifest).encode()).hexdigest()
+        rows[METHOD] = shard_rows(session.storage, manifest, digest, config.synthesis.unit_size)
     if "centralised" in config.references:
         rows["centralised"] = real_rows(config, session.partition, session.info)
     return rows
@@ -144,34 +156,73 @@ def fit_classifier(session: Session, method: str, rows: Rows, task: Task) -> Cla
 
     config = session.config
     child = session.run.child(f"classifier-{method}")
+    curves = Curves(child)
     with (
         session.phase(f"classifier ({method})"),
         bars(session.console, f"fitting {method}", config.classifier.epochs, "epochs") as shown,
     ):
-        logged: set[int] = set()
-
-        def log(epoch: Epoch) -> None:
-            logged.add(epoch.epoch)
-            child.metrics({k: v for k, v in vars(epoch).items() if k not in ("epoch", "epochs")}, step=epoch.epoch)
 
         def on_epoch(epoch: Epoch) -> None:
             shown.update(epoch.epoch, f"validation accuracy {epoch.validation_accuracy:.3f}")
-            log(epoch)
+            curves.add(epoch)
 
         classifier = fit(config, rows, task, session.plan.classifier, session.storage, method, on_epoch)
-    for epoch in classifier.history:
-        if epoch.epoch not in logged:  # of an earlier start of the run
-            log(epoch)
+    curves.rest(classifier.history)
     child.metrics({"images": rows.images, "chosen_epoch": classifier.epoch})
     child.tag("sha256", classifier.sha256)
     child.end()
     return classifier
 
 
+def fit_experts(session: Session, modules: Modules, manifest: list[Shard], task: Task) -> Experts:
+    """Every client fits its expert, side by side; curves are logged as they grow. None in Architecture I."""
+    from fedfactory_ray.classification.fitting import Epoch
+    from fedfactory_ray.federation import ensemble
+    from fedfactory_ray.federation.expert import Expert, assign
+
+    config, partition = session.config, session.partition
+    if config.architecture == "centralised":
+        return ensemble.Experts({}, {})
+    cards = [handle.card for handle in modules.values()]
+    assignments = [assign(config, client, share, manifest, cards, task) for client, share in partition.shares.items()]
+    children: dict[str, Curves] = {}
+    done: dict[str, int] = {}
+    epochs = config.classifier.epochs
+    with (
+        session.phase("experts"),
+        bars(session.console, "fitting experts", epochs * len(assignments), "epochs") as shown,
+    ):
+
+        def on_expert(client: str, event: Epoch | Expert) -> None:
+            if client not in children:
+                children[client] = Curves(session.run.child(f"expert-{client}"))
+            curves = children[client]
+            if isinstance(event, Expert):
+                curves.rest(event.history)
+                figures = ("real", "pool", "downlink_bytes")
+                curves.run.metrics({name: getattr(event, name) for name in figures} | {"chosen_epoch": event.epoch})
+                curves.run.tag("sha256", event.sha256)
+                curves.run.end()
+                done[client] = epochs
+            else:
+                curves.add(event)
+                done[client] = event.epoch
+                shown.part(f"expert of {client}", event.epoch, epochs, f"accuracy {event.validation_accuracy:.3f}")
+            shown.update(sum(done.values()))
+
+        experts = ensemble.fit_experts(config, assignments, session.plan.client, session.storage, on_expert)
+    for client, reason in experts.missing.items():
+        session.console.print(f"expert of {client} is missing, the product is without it: {reason}", markup=False)
+        session.run.tag(f"missing_expert.{client}", reason)
+        if client in children:
+            children[client].run.end("FAILED")
+    return experts
+
+
 def evaluate(
-    session: Session, task: Task, manifest: list[Shard], classifiers: dict[str, Classifier]
+    session: Session, task: Task, manifest: list[Shard], classifiers: dict[str, Classifier], experts: Experts
 ) -> tuple[TestResult, dict[tuple[str, int], np.ndarray]]:
-    """The test split is read once, for all classifiers; a few synthetic images of each module come along."""
+    """The test split is read once, for all classifiers and experts; some images of each module come along."""
     from fedfactory_ray.classification.prediction import evaluate_on_test
     from fedfactory_ray.synthesis.previews import previews
 
@@ -183,11 +234,17 @@ def evaluate(
             worker.resources,
             session.storage,
             {method: classifier.folder for method, classifier in classifiers.items()},
+            {client: expert.folder for client, expert in experts.fitted.items()},
             plots.GRID_COLUMNS,
         )
         drawn = previews.remote(session.storage, manifest, task.image_shape, plots.GRID_COLUMNS)
         tested, shown = ray.get([result, drawn])
-    session.storage.write_json("evaluation.json", {m: e.scalars() for m, e in tested.evaluations.items()})
+    figures: dict[str, object] = {m: e.scalars() for m, e in tested.evaluations.items()}
+    if experts.fitted:
+        figures["experts"] = {client: e.scalars() for client, e in tested.experts.items()}
+        figures["missing_experts"] = experts.missing
+        figures["product_less"] = {m: vars(difference) for m, difference in tested.differences.items()}
+    session.storage.write_json("evaluation.json", figures)
     return tested, shown
 
 
@@ -197,14 +254,12 @@ def log_results(
     modules: Modules,
     manifest: list[Shard],
     classifiers: dict[str, Classifier],
+    experts: Experts,
     result: TestResult,
     drawn: dict[tuple[str, int], np.ndarray],
     client_runs: dict[str, ClientRun],
-) -> str:
-    """The driver logs what there is to see; returns the URI of the logged classifier."""
-    from fedfactory_ray.classification.models import Predictor
-    from fedfactory_ray.classification.prediction import load_network
-
+) -> dict[str, str]:
+    """The driver logs what there is to see; returns the URIs of the logged models by name."""
     run, partition, class_names = session.run, session.partition, session.info.class_names
     with session.phase("logging"):
         run.figure(plots.partition_plot(partition.matrix(), partition.clients, class_names), "partition.png")
@@ -215,21 +270,55 @@ def log_results(
                 [card for card in cards if card.client == client],
                 plots.sample_grid(synthetic, result.examples, class_names, client),
             )
-        evaluation_run = run.child("evaluation")
-        for method, evaluation in result.evaluations.items():
-            evaluation_run.metrics({f"{method}/{k}": v for k, v in evaluation.scalars().items()})
-            title = f"{method}: accuracy {evaluation.accuracy.value:.3f}"
-            evaluation_run.figure(
-                plots.confusion_plot(evaluation.confusion, class_names, title), f"confusion-{method}.png"
-            )
-        evaluation_run.end()
+        images = sum(shard.n for shard in manifest)
+        log_evaluation(session, result)
         run.json(json.loads(session.storage.read("partition.json")), "partition.json")
         run.json([vars(card) for card in cards], "modules.json")
-        predictor = Predictor(load_network(session.config, task, session.storage, classifiers[METHOD].folder))
-        examples = np.concatenate(list(result.examples.values()))
-        model_uri = run.model(predictor.eval(), examples, result.probabilities)
-        run.metrics(result.evaluations[METHOD].scalars())
-        images = sum(shard.n for shard in manifest)
-        run.metrics({"uploaded_bytes": uploaded_bytes(modules), "synthetic_images": images, "modules": len(modules)})
+        models = log_models(session, task, classifiers, experts, np.concatenate(list(result.examples.values())))
+        run.metrics(result.evaluations[session.config.main_method].scalars())
+        downlink = sum(expert.downlink_bytes for expert in experts.fitted.values())
+        run.metrics({"uploaded_bytes": uploaded_bytes(modules), "downlink_bytes": downlink})
+        run.metrics({"synthetic_images": images, "modules": len(modules)})
     run.metrics({f"seconds/{k}".replace("(", "").replace(")", ""): v for k, v in session.seconds.items()})
-    return model_uri
+    return models
+
+
+def log_evaluation(session: Session, result: TestResult) -> None:
+    """Figures and confusion matrices of all classifiers, figures of every lone expert, differences to the product."""
+    evaluation_run = session.run.child("evaluation")
+    for method, evaluation in result.evaluations.items():
+        evaluation_run.metrics({f"{method}/{k}": v for k, v in evaluation.scalars().items()})
+        title = f"{method}: accuracy {evaluation.accuracy.value:.3f}"
+        picture = plots.confusion_plot(evaluation.confusion, session.info.class_names, title)
+        evaluation_run.figure(picture, f"confusion-{method}.png")
+    for client, evaluation in result.experts.items():
+        evaluation_run.metrics({f"expert/{client}/{k}": v for k, v in evaluation.scalars().items()})
+    if result.experts:
+        lone = [evaluation.accuracy.value for evaluation in result.experts.values()]
+        evaluation_run.metrics({"experts": len(lone), "expert_mean/accuracy": float(np.mean(lone))})
+    for method, difference in result.differences.items():
+        evaluation_run.metrics({f"product_less_{method}/{k}": v for k, v in vars(difference).items()})
+    evaluation_run.end()
+
+
+def log_models(
+    session: Session, task: Task, classifiers: dict[str, Classifier], experts: Experts, examples: np.ndarray
+) -> dict[str, str]:
+    """The classifier of Architecture I and the product of Architecture II, each as one model; returns their URIs."""
+    from fedfactory_ray.classification.models import Predictor
+    from fedfactory_ray.classification.prediction import load_network
+    from fedfactory_ray.experts import Ensemble
+
+    run, models = session.run, {}
+
+    def load(folder: str) -> nn.Module:
+        return load_network(session.config, task, session.storage, folder)
+
+    if METHOD in classifiers:
+        predictor = Predictor(load(classifiers[METHOD].folder))
+        models["classifier"] = run.model("classifier", predictor, examples, {"sha256": classifiers[METHOD].sha256})
+    if experts.fitted:
+        ensemble = Ensemble(load(expert.folder) for expert in experts.fitted.values())
+        digests = {client: expert.sha256 for client, expert in experts.fitted.items()}
+        models["ensemble"] = run.model("ensemble", ensemble, examples, {"experts": digests, "missing": experts.missing})
+    return models

@@ -7,26 +7,36 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
+from fedfactory_ray.config import MIXTURE, PRODUCT
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import DataInfo
 
 if TYPE_CHECKING:
-    from fedfactory_ray.classification.evaluation import Evaluation
+    from fedfactory_ray.classification.evaluation import Evaluation, Interval
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a finished run tells: seconds a phase, images and bytes, and an evaluation for each classifier."""
+    """What a finished run tells: seconds a phase, images and bytes, and an evaluation for each classifier.
+
+    `main` is the evaluation that the job is about. With experts: each alone, by client; the accuracy of their product
+    less that of each classifier; and why an expert is missing, by client.
+    """
 
     name: str
     storage: str
     tracking_uri: str
-    model_uri: str
+    models: dict[str, str]
     modules: int
     uploaded_bytes: int
+    downlink_bytes: int
     synthetic_images: int
     seconds: dict[str, float]
+    main: str
     evaluations: dict[str, Evaluation]
+    experts: dict[str, Evaluation]
+    differences: dict[str, Interval]
+    missing: dict[str, str]
 
 
 def partition_table(partition: Partition, info: DataInfo, most: int = 20) -> Table:
@@ -45,13 +55,25 @@ def partition_table(partition: Partition, info: DataInfo, most: int = 20) -> Tab
 def report_table(report: Report) -> Table:
     """The table at the end: results first, then what they cost."""
     table = Table(title=f"FederatedFactory · {report.name}", title_justify="left", show_header=False)
+    combined = f" of {len(report.experts)} experts" + (f", {len(report.missing)} MISSING" if report.missing else "")
     for method, evaluation in report.evaluations.items():
-        table.add_row(f"accuracy, {method}", str(evaluation.accuracy))
-    first = next(iter(report.evaluations.values()))
-    table.add_row("  balanced accuracy", str(first.balanced_accuracy))
-    table.add_row("  AUROC · macro F1", f"{first.auroc:.4f} · {first.macro_f1:.4f}")
-    table.add_row("majority class", f"{first.majority:.4f}", end_section=True)
+        table.add_row(f"accuracy, {method}{combined * (method in (PRODUCT, MIXTURE))}", str(evaluation.accuracy))
+    if report.experts:
+        lone = [evaluation.accuracy.value for evaluation in report.experts.values()]
+        mean = sum(lone) / len(lone)
+        table.add_row("  mean of lone experts", f"{mean:.4f} (from {min(lone):.4f} to {max(lone):.4f})")
+    for method, difference in report.differences.items():
+        figures = f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+        table.add_row(f"  {PRODUCT} less {method}", figures)
+    main = report.evaluations[report.main]
+    table.add_row(f"balanced accuracy, {report.main}", str(main.balanced_accuracy))
+    table.add_row(f"AUROC · macro F1, {report.main}", f"{main.auroc:.4f} · {main.macro_f1:.4f}")
+    table.add_row("majority class", f"{main.majority:.4f}", end_section=True)
+    for client, why in report.missing.items():
+        table.add_row(f"expert of {client} MISSING", why[:60])
     table.add_row("modules uploaded, once", f"{report.modules} ({report.uploaded_bytes / 1e6:.2f} MB)")
+    if report.experts:
+        table.add_row("modules of others, downlinks", f"{report.downlink_bytes / 1e6:.2f} MB")
     table.add_row("synthetic images", str(report.synthetic_images), end_section=True)
     for phase, seconds in report.seconds.items():
         table.add_row(f"seconds, {phase}", f"{seconds:.1f}")

@@ -265,6 +265,13 @@ class ClassifierConfig(Section):
     """Arithmetic of training; auto: bf16 where the hardware has it, else fp32."""
 
 
+class ExpertsConfig(Section):
+    """The experts of the decentralised architecture, each fitted by its client with the classifier's recipe."""
+
+    real_share: float = Field(1.0, ge=0, le=1)
+    """Largest share of real images among those of a class that a client holds; synthetic ones make up the rest."""
+
+
 class WorkerResources(Section):
     """What one actor or worker asks of Ray."""
 

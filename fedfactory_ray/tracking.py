@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import nn
 
+    from fedfactory_ray.classification.fitting import Epoch
+
 BATCH = 900  # MLflow takes 1000 metrics a call
 
 
@@ -77,22 +79,25 @@ class Run:
         """Log a text."""
         self.client.log_text(self.id, text, file)
 
-    def model(self, predictor: nn.Module, example: np.ndarray, probabilities: np.ndarray) -> str:
+    def model(self, name: str, predictor: nn.Module, example: np.ndarray, made_of: Mapping[str, Any]) -> str:
         """Log a classifier with its signature, as an exported program (no pickle); returns its URI.
 
         Load it with `mlflow.pyfunc.load_model(uri).predict(images)`: uint8 (n, H, W, C) in, (n, classes) out.
+        `made_of` is kept as the model's metadata.
         """
         import mlflow
         import torch
 
-        signature = mlflow.models.infer_signature(example, probabilities)
+        with torch.inference_mode():
+            probabilities = predictor.eval()(torch.from_numpy(example)).numpy()
         with mlflow.start_run(run_id=self.id):
             info = mlflow.pytorch.log_model(
                 predictor,
-                name="classifier",
-                signature=signature,
+                name=name,
+                signature=mlflow.models.infer_signature(example, probabilities),
                 input_example=example,
                 serialization_format="pt2",
+                metadata=dict(made_of),
                 pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", "mlflow"],
             )
         return str(info.model_uri)
@@ -152,6 +157,26 @@ class ClientRun:
         run.json([vars(card) for card in cards], "modules.json")
         run.figure(grid, "samples.png")
         run.end()
+
+
+class Curves:
+    """The curves of one fit in its MLflow run: each epoch once, as it comes or, of an earlier start, afterwards."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.logged: set[int] = set()
+
+    def add(self, epoch: Epoch) -> None:
+        """Log an epoch's figures, unless an attempt that broke off told them already."""
+        if epoch.epoch not in self.logged:
+            self.logged.add(epoch.epoch)
+            figures = {k: v for k, v in vars(epoch).items() if k not in ("epoch", "epochs")}
+            self.run.metrics(figures, step=epoch.epoch)
+
+    def rest(self, history: Iterable[Epoch]) -> None:
+        """Log the epochs of a fit's history that are not logged yet."""
+        for epoch in history:
+            self.add(epoch)
 
 
 def start_run(config: Config, name: str) -> Run:

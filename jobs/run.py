@@ -16,7 +16,9 @@ def main() -> int:
     """Run the job; returns the exit status."""
     console = Console(stderr=False)
     try:
-        config, options = parse(description="Federate generators, draw a balanced data set, fit one classifier.")
+        config, options = parse(
+            description="Federate generators, draw a balanced data set, fit one classifier or an expert a client."
+        )
         if options.print_config:
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
             return 0
@@ -35,7 +37,8 @@ def main() -> int:
         return 130
     console.print(report_table(report))
     console.print(f"run folder  {report.storage}", soft_wrap=True, highlight=False)
-    console.print(f"classifier  {report.model_uri}", soft_wrap=True, highlight=False)
+    for name, uri in report.models.items():
+        console.print(f"{name:11} {uri}", soft_wrap=True, highlight=False)
     console.print(f"browse      mlflow ui --backend-store-uri {report.tracking_uri}", soft_wrap=True, highlight=False)
     return 0
 

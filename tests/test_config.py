@@ -75,6 +75,13 @@ def test_results_do_not_depend_on_where_a_run_is_kept() -> None:
     assert here.determining() != make_config(overrides=["--seed", "1"]).determining()
 
 
+def test_a_run_keeps_its_name_and_folder_when_an_architecture_is_added() -> None:
+    more = make_config(overrides=["--architecture", "both", "--experts.real_share", "0.5", "--baselines", "[]"])
+    assert Config().determining() == more.determining()
+    assert (Config().main_method, more.main_method) == ("fedfactory", "fedfactory")
+    assert make_config(overrides=["--architecture", "decentralised"]).main_method == "product"
+
+
 def run_job(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, str(RUN), *arguments], capture_output=True, text=True, timeout=120)
 

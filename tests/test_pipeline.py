@@ -157,7 +157,7 @@ def test_mlflow_holds_a_parent_run_with_a_child_a_client_and_phase(finished: Fin
 
 def test_the_logged_model_predicts_uint8_images_of_any_number(finished: Finished, data: Path) -> None:
     mlflow.set_tracking_uri(finished.config.tracking.uri)
-    model = mlflow.pyfunc.load_model(finished.report.model_uri)
+    model = mlflow.pyfunc.load_model(finished.report.models["classifier"])
     arrays = np.load(data)
     probabilities = model.predict(arrays["test_images"])
     assert probabilities.shape == (60, 3)

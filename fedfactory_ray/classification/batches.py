@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -59,6 +60,46 @@ class HeldBatches:
         for start in range(0, n, size):
             chosen = order[start : min(start + size, n)][self.rank :: self.world]
             yield self.images[chosen], self.labels[chosen]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Images of one class and origin, uint8 (n, H, W, C), and how many of them an epoch shows."""
+
+    label: int
+    images: np.ndarray
+    shown: int
+
+
+class BalancedBatches:
+    """Groups held as uint8; an epoch shows of each as many images as it asks for, none twice before all once."""
+
+    def __init__(self, groups: Sequence[Group], batch_size: int, seed: int) -> None:
+        self.images = torch.from_numpy(np.concatenate([group.images for group in groups]))
+        self.labels = torch.from_numpy(np.repeat([group.label for group in groups], [len(g.images) for g in groups]))
+        self.groups, self.batch_size, self.seed = groups, batch_size, seed
+        self.shown = sum(group.shown for group in groups)
+
+    @property
+    def steps(self) -> int:
+        """Training batches an epoch."""
+        return max(1, self.shown // self.batch_size)
+
+    def epoch(self, epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+        """See Batches; None shows the same images each time, as many of each group as a training epoch would."""
+        draw = torch.Generator().manual_seed(self.seed + (epoch or 0))
+        start, chosen = 0, []
+        for group in self.groups:
+            n = len(group.images)
+            rounds = [start + torch.randperm(n, generator=draw) for _ in range(-(-group.shown // n))]
+            chosen.append(torch.cat(rounds)[: group.shown])
+            start += n
+        order, size = torch.cat(chosen), self.batch_size
+        if epoch is not None:
+            order, size = order[torch.randperm(len(order), generator=draw)], min(size, len(order))
+            order = order[: self.steps * size]
+        for rows in order.split(size):
+            yield self.images[rows], self.labels[rows]
 
 
 class StreamedBatches:

@@ -111,3 +111,17 @@ def _bootstrap(confusion: np.ndarray, seed: int) -> tuple[Interval, Interval]:
     values = figures(confusion)
     accuracy, balanced = (Interval(*map(float, triple)) for triple in zip(values, low, high, strict=True))
     return accuracy, balanced
+
+
+def accuracy_difference(first: np.ndarray, second: np.ndarray, labels: np.ndarray, seed: int = 0) -> Interval:
+    """Accuracy of `first` less that of `second`, probabilities of the same images, with its paired bootstrap interval.
+
+    Both are resampled together, so what the two get right alike cancels; an interval without 0 is more than noise.
+    """
+    gained = (first.argmax(1) == labels).astype(int) - (second.argmax(1) == labels)
+    n = len(labels)
+    counts = np.bincount(gained + 1, minlength=3)
+    draw = np.random.RandomState(seed % 2**32)
+    lost, _, won = draw.multinomial(n, counts / n, size=BOOTSTRAP_SAMPLES).T
+    low, high = np.quantile((won - lost) / n, [0.025, 0.975])
+    return Interval(float(gained.mean()), float(low), float(high))

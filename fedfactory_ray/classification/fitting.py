@@ -22,6 +22,7 @@ from fedfactory_ray.seeds import derive_seed
 
 WARMUP = 0.05
 WEIGHTS = "model.safetensors"
+PROGRESS = "fit.json"
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ class Fit:
         }
         torch.save(state, Path(folder, "state.pt"))
         safetensors.torch.save_file(self.best_weights, Path(folder, WEIGHTS))
-        Path(folder, "fit.json").write_text(json.dumps(self.progress()))
+        Path(folder, PROGRESS).write_text(json.dumps(self.progress()))
 
     def progress(self) -> dict[str, object]:
         """Step, best epoch and history, as JSON values."""
@@ -157,6 +158,6 @@ class Fit:
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.best_weights = safetensors.torch.load_file(Path(folder, WEIGHTS))
-        progress = json.loads(Path(folder, "fit.json").read_text())
+        progress = json.loads(Path(folder, PROGRESS).read_text())
         self.step, self.best = progress["step"], Epoch(**progress["best"])
         self.history = [Epoch(**epoch) for epoch in progress["history"]]

@@ -9,12 +9,13 @@ import ray
 import safetensors.torch
 import torch
 
-from fedfactory_ray.classification.evaluation import Evaluation, evaluate
+from fedfactory_ray.classification.evaluation import Evaluation, Interval, accuracy_difference, evaluate
 from fedfactory_ray.classification.models import Task, make_classifier
-from fedfactory_ray.config import Config
+from fedfactory_ray.config import MIXTURE, PRODUCT, Config
 from fedfactory_ray.data.sources import open_source
 from fedfactory_ray.data.transforms import to_tensor
 from fedfactory_ray.devices import assigned_device, prepare_process
+from fedfactory_ray.experts import mixture, product
 from fedfactory_ray.sections import WorkerResources
 from fedfactory_ray.storage import Storage
 
@@ -23,11 +24,13 @@ BATCH_SIZE = 500
 
 @dataclass(frozen=True)
 class TestResult:
-    """Evaluations by classifier, and for pictures a few test images by class, uint8 (n, H, W, C)."""
+    """Evaluations by classifier and of each lone expert by client, accuracy of the product less that of each
+    classifier, and for pictures a few test images by class, uint8 (n, H, W, C)."""
 
     evaluations: dict[str, Evaluation]
+    experts: dict[str, Evaluation]
+    differences: dict[str, Interval]
     examples: dict[int, np.ndarray]
-    probabilities: np.ndarray
 
 
 def load_network(config: Config, task: Task, storage: Storage, folder: str) -> torch.nn.Module:
@@ -38,11 +41,16 @@ def load_network(config: Config, task: Task, storage: Storage, folder: str) -> t
 
 
 @torch.inference_mode()
-def predict(network: torch.nn.Module, images: np.ndarray, device: torch.device) -> np.ndarray:
-    """Probabilities float32 (n, classes) of uint8 images (n, H, W, C), computed in float32."""
+def predict_logits(network: torch.nn.Module, images: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Logits float32 (n, classes), on the CPU, of uint8 images (n, H, W, C), computed in float32."""
     network.to(device)
     batches = [images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE)]
-    return torch.cat([network(to_tensor(batch, device)).float().softmax(1).cpu() for batch in batches]).numpy()
+    return torch.cat([network(to_tensor(batch, device)).float().cpu() for batch in batches])
+
+
+def predict(network: torch.nn.Module, images: np.ndarray, device: torch.device) -> np.ndarray:
+    """Probabilities float32 (n, classes) of uint8 images (n, H, W, C)."""
+    return predict_logits(network, images, device).softmax(1).numpy()
 
 
 @ray.remote(max_retries=2)
@@ -52,19 +60,35 @@ def evaluate_on_test(
     resources: WorkerResources,
     storage: Storage,
     folders: dict[str, str],
+    experts: dict[str, str],
     examples: int,
 ) -> TestResult:
-    """Evaluate the classifiers in `folders` (name → folder) on the test split, with up to `examples` images a class.
+    """Evaluate classifiers and experts (name → folder) on the test split; up to `examples` images a class come back.
 
-    The probabilities are those of the first classifier on the examples, in the order of their classes.
+    Experts count each alone, as a mixture and as a product; the product is compared with every classifier.
     """
     device = prepare_process(resources, assigned_device(ray.get_gpu_ids()))
     source = open_source(config.data)
     images, labels = source.images("test"), source.labels("test")
-    networks = {name: load_network(config, task, storage, folder) for name, folder in folders.items()}
-    shown = {y: images[np.flatnonzero(labels == y)[:examples]] for y in range(task.classes)}
+
+    def test(folder: str) -> torch.Tensor:
+        return predict_logits(load_network(config, task, storage, folder), images, device)
+
+    found = {name: test(folder).softmax(1).numpy() for name, folder in folders.items()}
+    lone: dict[str, np.ndarray] = {}
+    differences = {}
+    if experts:
+        logits = torch.stack([test(folder) for folder in experts.values()])
+        lone = dict(zip(experts, logits.softmax(2).numpy(), strict=True))
+        combined = {PRODUCT: product(logits).exp().numpy(), MIXTURE: mixture(logits).exp().numpy()}
+        differences = {
+            name: accuracy_difference(combined[PRODUCT], probabilities, labels, config.seed)
+            for name, probabilities in found.items()
+        }
+        found |= combined
     return TestResult(
-        {name: evaluate(predict(network, images, device), labels, config.seed) for name, network in networks.items()},
-        shown,
-        predict(next(iter(networks.values())), np.concatenate(list(shown.values())), device),
+        {name: evaluate(probabilities, labels, config.seed) for name, probabilities in found.items()},
+        {client: evaluate(probabilities, labels, config.seed) for client, probabilities in lone.items()},
+        differences,
+        {y: images[np.flatnonzero(labels == y)[:examples]] for y in range(task.classes)},
     )

@@ -20,7 +20,9 @@ from fedfactory_ray.storage import Storage
 if TYPE_CHECKING:
     import torch
 
+    from fedfactory_ray.classification.fitting import Epoch
     from fedfactory_ray.data.source import Source
+    from fedfactory_ray.federation.expert import Assignment, Expert
 
 CHECKPOINT = "checkpoint.safetensors"
 
@@ -85,6 +87,22 @@ class ClientActor:
                 yield Upload(card, seconds, node, gpus)
                 yield weights
 
+    def fit_expert(self, assignment: Assignment) -> Iterator[Epoch | Expert]:
+        """Fit the client's expert, see `expert.fit_expert`: a stream of its epochs and, at the end, the expert."""
+        from fedfactory_ray.federation.expert import fit_expert
+
+        yield from fit_expert(self.config, assignment, self.source(assignment.client), self.storage, self.device)
+
+
+def own_indices(config: Config, source: Source, label: int, places: np.ndarray) -> np.ndarray:
+    """Indices into the client's training split of its images of a class, int64 (n,).
+
+    A natural silo's places count among its own images of the class, for no other node has seen its labels.
+    """
+    if config.partition.scheme != "natural":
+        return places
+    return np.flatnonzero(source.labels("train") == label)[places]
+
 
 def train_modules(
     config: Config,
@@ -108,10 +126,7 @@ def train_modules(
     for label, places in share.items():
         began, last = time.monotonic(), None
         folder = f"modules/{client}/class-{label:03d}"
-        # A natural silo's places are those among its own images of the class, for no other node has seen its labels.
-        natural = config.partition.scheme == "natural"
-        indices = np.flatnonzero(source.labels("train") == label)[places] if natural else places
-        images = torch.from_numpy(source.images("train", indices))
+        images = torch.from_numpy(source.images("train", own_indices(config, source, label, places)))
         seed = derive_seed(config.seed, "train", client, label)
         checkpoint = storage.read(f"{folder}/{CHECKPOINT}") if storage.exists(f"{folder}/{CHECKPOINT}") else None
         for event in train_denoiser(images, generator, device, seed, checkpoint, config.storage.checkpoint_seconds):

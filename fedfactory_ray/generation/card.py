@@ -36,6 +36,11 @@ class ModuleCard:
         """Whether one network can hold the weights of both."""
         return all(getattr(self, f) == getattr(other, f) for f in ("generator", "channels", "resolution"))
 
+    @property
+    def upload_bytes(self) -> int:
+        """Bytes on the wire: weights and card."""
+        return self.size + len(self.to_json())
+
     def to_json(self) -> bytes:
         """The card as JSON."""
         return json.dumps(asdict(self), indent=2, sort_keys=True).encode()

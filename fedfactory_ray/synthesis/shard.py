@@ -60,6 +60,21 @@ def write_shard(storage: Storage, unit: Unit, images: np.ndarray) -> str:
     return rows_digest(unit, images)
 
 
+def read_shards(storage: Storage, files: list[str]) -> pa.Table:
+    """Rows of several files, in their order: image, label, client, unit, index."""
+    columns = {
+        "image": pa.list_(pa.uint8(), 1),
+        "label": pa.int64(),
+        "client": pa.string(),
+        "unit": pa.int64(),
+        "index": pa.int64(),
+    }
+    if not files:
+        return pa.schema(columns.items()).empty_table()
+    tables = [pq.read_table(storage.path(file), filesystem=storage.filesystem, columns=[*columns]) for file in files]
+    return pa.concat_tables([table.replace_schema_metadata() for table in tables])
+
+
 def verified_digest(storage: Storage, unit: Unit) -> str | None:
     """Digest of the rows of a unit's file, or None where the file is missing, torn, or not of this unit."""
     if not storage.exists(unit.file):

@@ -1,0 +1,141 @@
+"""Products and mixtures of experts, without Ray."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from fedfactory_ray.classification.evaluation import accuracy_difference
+from fedfactory_ray.classification.models import Predictor, Task, make_classifier
+from fedfactory_ray.experts import Ensemble, mixture, product
+
+CASES = given(st.integers(1, 6), st.integers(1, 8), st.integers(2, 7), st.integers(0, 10_000))
+
+
+def some_logits(experts: int, n: int, classes: int, seed: int) -> torch.Tensor:
+    return torch.from_numpy(np.random.RandomState(seed).randn(experts, n, classes) * 3).float()
+
+
+@settings(max_examples=30, deadline=None)
+@CASES
+def test_the_product_is_that_of_the_probabilities(experts: int, n: int, classes: int, seed: int) -> None:
+    logits = some_logits(experts, n, classes, seed)
+    expected = logits.double().softmax(-1).prod(0)
+    expected /= expected.sum(-1, keepdim=True)
+    torch.testing.assert_close(product(logits).double().exp(), expected, rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(
+        mixture(logits).double().exp(), logits.double().softmax(-1).mean(0), rtol=1e-4, atol=1e-7
+    )
+
+
+@settings(max_examples=30, deadline=None)
+@CASES
+def test_the_order_of_experts_does_not_matter_but_for_rounding(experts: int, n: int, classes: int, seed: int) -> None:
+    logits = some_logits(experts, n, classes, seed)
+    shuffled = logits[torch.randperm(experts, generator=torch.Generator().manual_seed(seed))]
+    for combine in (product, mixture):
+        torch.testing.assert_close(combine(shuffled), combine(logits), rtol=1e-5, atol=1e-5)
+
+
+def test_one_expert_speaks_for_itself() -> None:
+    logits = some_logits(1, 5, 4, 0)
+    for combine in (product, mixture):
+        torch.testing.assert_close(combine(logits), logits[0].log_softmax(-1))
+
+
+def test_experts_that_agree_are_surer_as_a_product_than_each_alone() -> None:
+    logits = torch.tensor([[[1.0, 0.0]]]).repeat(3, 1, 1)
+    assert product(logits)[0].exp()[0] == pytest.approx(1 / (1 + np.exp(-3)))
+    assert mixture(logits)[0].exp()[0] == pytest.approx(1 / (1 + np.exp(-1)))
+
+
+def test_a_constant_added_to_an_experts_logits_changes_nothing() -> None:
+    logits = some_logits(3, 4, 5, 1)
+    moved = logits + torch.tensor([0.0, 50.0, -9.0]).view(3, 1, 1)
+    torch.testing.assert_close(product(moved), product(logits), rtol=1e-4, atol=1e-4)
+
+
+def test_an_expert_that_is_certain_and_wrong_has_a_veto_in_the_product_only() -> None:
+    right = torch.tensor([[4.0, 0.0, 0.0]]).repeat(9, 1, 1)  # nine experts for class 0
+    wrong = torch.tensor([[[-1000.0, 1000.0, -1000.0]]])
+    logits = torch.cat([right, wrong])
+    for combine in (product, mixture):
+        found = combine(logits)
+        assert torch.isfinite(found).all()
+        assert found.exp().sum() == pytest.approx(1)
+    assert product(logits).argmax() == 1
+    assert mixture(logits).argmax() == 0
+    trusted = torch.tensor([1.0] * 9 + [0.01])
+    assert product(logits, trusted).argmax() == 0
+
+
+def test_many_certain_experts_do_not_underflow() -> None:
+    logits = torch.full((1000, 1, 3), -80.0)
+    logits[:, :, 2] = 80.0
+    logits[:600, :, 1], logits[600:, :, 1] = 81.0, 79.0
+    found = product(logits)
+    assert torch.isfinite(found).all()
+    assert found[0, 1] == pytest.approx(0, abs=1e-3)
+    assert found[0, 2] == pytest.approx(-200, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_logits_of_any_precision_combine_in_single(dtype: torch.dtype) -> None:
+    logits = some_logits(4, 3, 5, 2).to(dtype)
+    assert product(logits).dtype == mixture(logits).dtype == torch.float32
+    torch.testing.assert_close(product(logits), product(logits.float()))
+
+
+def test_the_ensemble_is_the_product_of_its_predictors() -> None:
+    task = Task(4, 1, 8)
+    networks: list[nn.Module] = [make_classifier("cnn", task).eval() for _ in range(3)]
+    images = torch.from_numpy(np.random.RandomState(0).randint(0, 256, (7, 8, 8, 1)).astype(np.uint8))
+    with torch.inference_mode():
+        expected = torch.stack([Predictor(network)(images) for network in networks]).double().prod(0)
+        found = Ensemble(networks).eval()(images)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found.double(), expected / expected.sum(1, keepdim=True), rtol=1e-4, atol=1e-6)
+
+
+# Paired comparison
+
+
+def as_probabilities(predicted: np.ndarray) -> np.ndarray:
+    return np.eye(3)[predicted]
+
+
+def test_what_two_classifiers_get_right_alike_does_not_widen_the_interval() -> None:
+    labels = np.zeros(400, int)
+    first, second = labels.copy(), labels.copy()
+    first[:100] = second[:100] = 1  # both wrong
+    second[100:120] = 1
+    found = accuracy_difference(as_probabilities(first), as_probabilities(second), labels)
+    assert found.value == pytest.approx(0.05)
+    # A binomial with share 0.05 of 400; unpaired, the interval would be about ±0.06 and hold 0.
+    half = 1.96 * np.sqrt(0.05 * 0.95 / 400)
+    assert (found.low, found.high) == (pytest.approx(0.05 - half, abs=0.005), pytest.approx(0.05 + half, abs=0.005))
+    turned = accuracy_difference(as_probabilities(second), as_probabilities(first), labels)
+    assert turned.value == -found.value
+
+
+def test_a_difference_is_that_of_resampling_images() -> None:
+    draw = np.random.RandomState(0)
+    labels = draw.randint(0, 3, 200)
+    first, second = (np.where(draw.rand(200) < skill, labels, draw.randint(0, 3, 200)) for skill in (0.7, 0.5))
+    samples = draw.randint(0, 200, (4000, 200))
+    gains = (first == labels).astype(float) - (second == labels)
+    low, high = np.quantile(gains[samples].mean(1), [0.025, 0.975])
+    found = accuracy_difference(as_probabilities(first), as_probabilities(second), labels, 5)
+    assert found.value == pytest.approx(gains.mean())
+    assert (found.low, found.high) == (pytest.approx(low, abs=0.015), pytest.approx(high, abs=0.015))
+    assert found == accuracy_difference(as_probabilities(first), as_probabilities(second), labels, 5)
+
+
+def test_a_classifier_does_not_differ_from_itself() -> None:
+    probabilities = as_probabilities(np.arange(30) % 3)
+    found = accuracy_difference(probabilities, probabilities, np.zeros(30, int))
+    assert (found.value, found.low, found.high) == (0, 0, 0)
