@@ -68,6 +68,7 @@ def start(folder: Path, data: Path, **changes: Any) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background jobs
     )
 
 
@@ -200,24 +201,24 @@ def test_killed_workers_and_nodes_cost_no_row(
     assert not list(run.glob("**/*.tmp"))
 
 
-def test_a_driver_that_is_killed_in_each_phase_is_started_again(
+def test_a_driver_that_is_killed_or_stopped_in_each_phase_is_started_again(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, undisturbed: dict[str, str]
 ) -> None:
     run = tmp_path / "runs" / "small"
-    moments = [
-        lambda: list(run.glob("modules/*/*/checkpoint.safetensors")),
-        lambda: list(run.glob("modules/*/*/card.json")),
-        lambda: len(list(run.glob("synthetic/**/*.parquet"))) > 2,
-        lambda: list(run.glob("train-fedfactory-*/checkpoint_*/fit.json")),
-        lambda: (run / "classifier" / "fedfactory" / "model.safetensors").exists(),
+    moments: list[tuple[Callable[[], Any], signal.Signals, int]] = [
+        (lambda: list(run.glob("modules/*/*/checkpoint.safetensors")), signal.SIGKILL, -9),
+        (lambda: len(list(run.glob("synthetic/**/*.parquet"))) > 2, signal.SIGINT, 130),
+        (lambda: list(run.glob("train-fedfactory-*/checkpoint_*/fit.json")), signal.SIGKILL, -9),
+        (lambda: (run / "classifier" / "fedfactory" / "model.safetensors").exists(), signal.SIGKILL, -9),
     ]
     with nodes(monkeypatch, {"num_cpus": 2}):
-        for moment in moments:
+        for moment, kill, status in moments:
             job = start(tmp_path, data)
             wait_for(moment, job)
-            before = {path: path.stat().st_mtime_ns for path in run.glob("modules/*/*/*.safetensors")}
-            job.send_signal(signal.SIGKILL)
-            job.wait()
+            before = {path: path.stat().st_mtime_ns for path in run.glob("modules/*/*/model.safetensors")}
+            job.send_signal(kill)
+            out, _ = job.communicate(timeout=60)
+            assert job.returncode == status, out
         made = finish(start(tmp_path, data), tmp_path)
         # What stood when the driver died for the last time was not made again.
         assert {path: path.stat().st_mtime_ns for path in before} == before

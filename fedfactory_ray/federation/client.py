@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,13 +54,16 @@ class ClientActor:
     def __init__(self, config: Config, resources: WorkerResources, storage: Storage) -> None:
         self.config, self.resources, self.storage = config, resources, storage
         self.sources: dict[str, Source] = {}
+        self._device: torch.device | None = None
 
-    @cached_property
+    @property
     def device(self) -> torch.device:
-        """The device that Ray assigned; found at the first call, for a refusal is lost in a constructor."""
+        """The device that Ray assigned; found at the first use, for a refusal is lost in a constructor."""
         from fedfactory_ray.devices import assigned_device, prepare_process
 
-        return prepare_process(self.resources, assigned_device(ray.get_gpu_ids()))
+        if self._device is None:
+            self._device = prepare_process(self.resources, assigned_device(ray.get_gpu_ids()))
+        return self._device
 
     def source(self, client: str) -> Source:
         """The client's images; of the sources the last one stays open."""
