@@ -11,6 +11,7 @@ from torch import nn
 
 from fedfactory_ray.classification.evaluation import accuracy_difference
 from fedfactory_ray.classification.models import Predictor, Task, make_classifier
+from fedfactory_ray.classification.prediction import compare
 from fedfactory_ray.experts import Ensemble, mixture, product
 
 CASES = given(st.integers(1, 6), st.integers(1, 8), st.integers(2, 7), st.integers(0, 10_000))
@@ -139,3 +140,34 @@ def test_a_classifier_does_not_differ_from_itself() -> None:
     probabilities = as_probabilities(np.arange(30) % 3)
     found = accuracy_difference(probabilities, probabilities, np.zeros(30, int))
     assert (found.value, found.low, found.high) == (0, 0, 0)
+
+
+# All that is read off the test split
+
+
+def test_classifiers_and_experts_are_compared_on_the_same_images() -> None:
+    labels = np.arange(60) % 3
+    draw = np.random.RandomState(0)
+
+    def skilled(skill: float) -> torch.Tensor:
+        return torch.from_numpy(draw.randn(60, 3) + skill * np.eye(3)[labels]).float()
+
+    experts = {f"client-{k}": skilled(1.5) for k in range(5)}
+    classifier = skilled(1.0)
+    found = compare({"fedfactory": classifier}, experts, labels, 0, {})
+    assert list(found.evaluations) == ["fedfactory", "product", "mixture"]
+    assert list(found.experts) == list(experts)
+    lone = [float((logits.argmax(1).numpy() == labels).mean()) for logits in experts.values()]
+    assert [evaluation.accuracy.value for evaluation in found.experts.values()] == pytest.approx(lone)
+    multiplied = torch.stack([*experts.values()]).log_softmax(2).sum(0).argmax(1).numpy()
+    accuracy = (multiplied == labels).mean()
+    assert found.evaluations["product"].accuracy.value == pytest.approx(accuracy)
+    assert accuracy > max(lone)
+    gain = accuracy - float((classifier.argmax(1).numpy() == labels).mean())
+    assert found.differences["fedfactory"].value == pytest.approx(gain)
+    assert found.differences["fedfactory"].low > 0
+
+
+def test_without_experts_nothing_is_combined() -> None:
+    found = compare({"fedfactory": some_logits(1, 9, 3, 0)[0]}, {}, np.arange(9) % 3, 0, {})
+    assert (list(found.evaluations), found.experts, found.differences) == (["fedfactory"], {}, {})

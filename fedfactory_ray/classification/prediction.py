@@ -70,25 +70,37 @@ def evaluate_on_test(
     device = prepare_process(resources, assigned_device(ray.get_gpu_ids()))
     source = open_source(config.data)
     images, labels = source.images("test"), source.labels("test")
+    found, lone = (
+        {
+            name: predict_logits(load_network(config, task, storage, folder), images, device)
+            for name, folder in of.items()
+        }
+        for of in (folders, experts)
+    )
+    return compare(found, lone, labels, config.seed, {y: images[labels == y][:examples] for y in range(task.classes)})
 
-    def test(folder: str) -> torch.Tensor:
-        return predict_logits(load_network(config, task, storage, folder), images, device)
 
-    found = {name: test(folder).softmax(1).numpy() for name, folder in folders.items()}
-    lone: dict[str, np.ndarray] = {}
+def compare(
+    classifiers: dict[str, torch.Tensor],
+    experts: dict[str, torch.Tensor],
+    labels: np.ndarray,
+    seed: int,
+    examples: dict[int, np.ndarray],
+) -> TestResult:
+    """Evaluate the logits (n, classes) of classifiers and, alone and combined, of experts against labels (n,)."""
+    found = {name: logits.softmax(1).numpy() for name, logits in classifiers.items()}
     differences = {}
     if experts:
-        logits = torch.stack([test(folder) for folder in experts.values()])
-        lone = dict(zip(experts, logits.softmax(2).numpy(), strict=True))
+        logits = torch.stack([*experts.values()])
         combined = {PRODUCT: product(logits).exp().numpy(), MIXTURE: mixture(logits).exp().numpy()}
         differences = {
-            name: accuracy_difference(combined[PRODUCT], probabilities, labels, config.seed)
+            name: accuracy_difference(combined[PRODUCT], probabilities, labels, seed)
             for name, probabilities in found.items()
         }
         found |= combined
     return TestResult(
-        {name: evaluate(probabilities, labels, config.seed) for name, probabilities in found.items()},
-        {client: evaluate(probabilities, labels, config.seed) for client, probabilities in lone.items()},
+        {name: evaluate(probabilities, labels, seed) for name, probabilities in found.items()},
+        {client: evaluate(logits.softmax(1).numpy(), labels, seed) for client, logits in experts.items()},
         differences,
-        {y: images[np.flatnonzero(labels == y)[:examples]] for y in range(task.classes)},
+        examples,
     )
