@@ -103,10 +103,14 @@ def _small(source: str, **changes: dict[str, Any]) -> dict[str, Any]:
 
 PRESETS = {
     "digits": Preset("scikit-learn's handwritten digits, 10 silos; no download; two CPU cores", {}, verified=True),
-    "retinamnist-cpu": Preset("RetinaMNIST at 28×28, 5 silos; two CPU cores", _small("medmnist:retinamnist")),
-    "breastmnist-cpu": Preset("BreastMNIST at 28×28, 2 silos; two CPU cores", _small("medmnist:breastmnist")),
+    "retinamnist-cpu": Preset(
+        "RetinaMNIST at 28×28, 5 silos; two CPU cores", _small("medmnist:retinamnist"), verified=True
+    ),
+    "breastmnist-cpu": Preset(
+        "BreastMNIST at 28×28, 2 silos; two CPU cores", _small("medmnist:breastmnist"), verified=True
+    ),
     "bloodmnist-cpu": Preset(
-        "BloodMNIST at 28×28, 8 silos; two CPU cores, half an hour", _small("medmnist:bloodmnist")
+        "BloodMNIST at 28×28, 8 silos; two CPU cores, half an hour", _small("medmnist:bloodmnist"), verified=True
     ),
     "retinamnist": Preset(f"RetinaMNIST at 28×28; {NOT_RUN}", _published("medmnist:retinamnist")),
     "bloodmnist": Preset(f"BloodMNIST at 28×28; {NOT_RUN}", _published("medmnist:bloodmnist")),
