@@ -50,7 +50,7 @@ def nodes(monkeypatch: pytest.MonkeyPatch, *each: dict[str, Any]) -> Iterator[Cl
     cluster = Cluster()
     try:
         for node in each:
-            cluster.add_node(**node)
+            cluster.add_node(**{"include_dashboard": False, **node})
         monkeypatch.setenv("RAY_ADDRESS", cluster.address)
         yield cluster
     finally:
