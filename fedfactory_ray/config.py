@@ -13,6 +13,7 @@ from pydantic_settings import BaseSettings, SettingsConfigDict
 from fedfactory_ray.sections import (
     ClassifierConfig,
     DataConfig,
+    FederatedConfig,
     GeneratorConfig,
     PartitionConfig,
     ResourcesConfig,
@@ -54,6 +55,8 @@ class Config(BaseSettings):
     """Synthetic images."""
     classifier: ClassifierConfig = ClassifierConfig()
     """Classifier."""
+    federated: FederatedConfig = FederatedConfig()
+    """Federated baselines (jobs/compare.py)."""
     resources: ResourcesConfig = ResourcesConfig()
     """Resources."""
     storage: StorageConfig = StorageConfig()
@@ -78,8 +81,10 @@ class Config(BaseSettings):
         return self
 
     def determining(self) -> dict[str, Any]:
-        """The settings that determine the results, as JSON values: all but where things run and are kept."""
-        tree = self.model_dump(mode="json", exclude={"name", "storage", "tracking", "resources", "baselines"})
+        """The settings that determine the factory's results, as JSON values: all but where things run and are kept, and
+        but those of the baselines, whose results carry their own settings."""
+        others = {"name", "storage", "tracking", "resources", "baselines", "federated"}
+        tree = self.model_dump(mode="json", exclude=others)
         del tree["data"]["root"], tree["data"]["download"]
         threads = {name: getattr(self.resources, name).threads for name in ("client", "synthesis", "classifier")}
         tree["resources"] = {"classifier_workers": self.resources.classifier_workers, "threads": threads}

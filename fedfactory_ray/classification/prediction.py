@@ -32,7 +32,7 @@ class TestResult:
 
 def load_network(config: Config, task: Task, storage: Storage, folder: str) -> torch.nn.Module:
     """The fitted network of a classifier in storage, in evaluation mode, on the CPU."""
-    network = make_classifier(config.classifier.model, task)
+    network = make_classifier(config.classifier.model, task, config.classifier.norm)
     network.load_state_dict(safetensors.torch.load(storage.read(f"{folder}/model.safetensors")))
     return network.eval()
 
