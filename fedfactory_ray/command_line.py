@@ -38,9 +38,12 @@ def make_config(preset: str = "digits", file: str | None = None, overrides: Sequ
         raise ConfigError([_explain(problem) for problem in error.errors()]) from error
 
 
-def parse(arguments: Sequence[str] | None = None, description: str = "") -> tuple[Config, argparse.Namespace]:
-    """Parse a job's command line; returns the config and the leading options (`preset`, `config`, `print_config`)."""
-    parser = argparse.ArgumentParser(description=description, add_help=False, allow_abbrev=False)
+def parse(
+    arguments: Sequence[str] | None = None, description: str = "", own: Sequence[argparse.ArgumentParser] = ()
+) -> tuple[Config, argparse.Namespace]:
+    """Parse a job's command line; returns the config and the leading options (`preset`, `config`, `print_config`, and
+    those of the job's `own` parsers)."""
+    parser = argparse.ArgumentParser(description=description, add_help=False, allow_abbrev=False, parents=list(own))
     lines = "\n".join(f"  {name:16} {preset.description}" for name, preset in PRESETS.items())
     parser.add_argument("--preset", default="digits", help="starting point, see the list below")
     parser.add_argument("--config", metavar="FILE", help="YAML file with any of the settings below")

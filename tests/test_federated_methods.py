@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +15,7 @@ from torch import Tensor
 from fedfactory_ray.baselines.fedavg import FedAvg
 from fedfactory_ray.baselines.feddyn import FedDyn
 from fedfactory_ray.baselines.fedprox import FedProx
-from fedfactory_ray.baselines.interface import Method, Update, train_locally, weighted_mean, weighted_sum
+from fedfactory_ray.baselines.interface import Method, Update, Vectors, train_locally, weighted_mean, weighted_sum
 from fedfactory_ray.baselines.scaffold import Scaffold
 
 STEPS, RATE = 10, 0.05
@@ -163,9 +166,7 @@ def test_fedprox_rests_where_mu_says(mu: float) -> None:
     server rests where Σ_i p_i a_i (b_i - x) / (a_i + μ) = 0."""
     a, b = torch.tensor([0.5, 2.0, 4.0]).double(), torch.tensor([-3.0, 1.0, 2.0]).double()
     images = torch.tensor([10.0, 30.0, 60.0]).double()
-    clients = [
-        Client(int(n), lambda x, a=a_i, b=b_i: a * (x - b)) for n, a_i, b_i in zip(images, a, b, strict=True)
-    ]
+    clients = [Client(int(n), lambda x, a=a_i, b=b_i: a * (x - b)) for n, a_i, b_i in zip(images, a, b, strict=True)]
     pull = images * a / (a + mu)
     expected = ((pull * b).sum() / pull.sum())[None]
     problem = Problem(clients, ((images * a * b).sum() / (images * a).sum())[None], torch.zeros(1).double())
@@ -215,3 +216,20 @@ def test_local_steps_leave_what_was_received_as_it_was() -> None:
     train_locally(method, received, state, [problem.clients[0].gradient] * 3, RATE)
     for name, vector in (received | {"state": state["control"]}).items():
         assert torch.equal(vector, before[name])
+
+
+def test_the_readmes_method_is_gradient_descent_with_momentum() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = re.findall(r"```python\n(@dataclass.*?class FedAvgM.*?)```", readme, re.DOTALL)
+    names: dict[str, Any] = {
+        **{"dataclass": dataclass, "torch": torch, "Tensor": Tensor, "Sequence": Sequence, "METHODS": {}},
+        **{"Method": Method, "Update": Update, "Vectors": Vectors, "weighted_mean": weighted_mean},
+    }
+    exec(code, names)
+    problem = quadratics()
+    total = sum(client.images for client in problem.clients)
+    weights, velocity = problem.start.clone(), torch.zeros_like(problem.start)
+    for _ in range(15):
+        velocity = 0.9 * velocity + RATE * sum(c.gradient(weights) * (c.images / total) for c in problem.clients)
+        weights = weights - velocity
+    torch.testing.assert_close(run(names["METHODS"]["fedavgm"](None), problem, 15, steps=1), weights)

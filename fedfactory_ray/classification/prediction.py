@@ -53,18 +53,23 @@ def evaluate_on_test(
     storage: Storage,
     folders: dict[str, str],
     examples: int,
+    ensembles: dict[str, list[str]] | None = None,
 ) -> TestResult:
     """Evaluate the classifiers in `folders` (name → folder) on the test split, with up to `examples` images a class.
 
-    The probabilities are those of the first classifier on the examples, in the order of their classes.
+    `ensembles` (name → names in `folders`) are evaluated beside them: the mean of their members' probabilities. The
+    probabilities that come back are those of the first classifier on the examples, in the order of their classes.
     """
     device = prepare_process(resources, assigned_device(ray.get_gpu_ids()))
     source = open_source(config.data)
     images, labels = source.images("test"), source.labels("test")
     networks = {name: load_network(config, task, storage, folder) for name, folder in folders.items()}
     shown = {y: images[np.flatnonzero(labels == y)[:examples]] for y in range(task.classes)}
+    predicted = {name: predict(network, images, device) for name, network in networks.items()}
+    for name, members in (ensembles or {}).items():
+        predicted[name] = np.mean([predicted[member] for member in members], axis=0)
     return TestResult(
-        {name: evaluate(predict(network, images, device), labels, config.seed) for name, network in networks.items()},
+        {name: evaluate(probabilities, labels, config.seed) for name, probabilities in predicted.items()},
         shown,
         predict(next(iter(networks.values())), np.concatenate(list(shown.values())), device),
     )
