@@ -69,6 +69,8 @@ def compare(config: Config, methods: Sequence[str], seeds: int, console: Console
     unknown = sorted(set(methods) - set(method_names()))
     if unknown:
         raise ConfigError([f"methods: {', '.join(unknown)} unknown: choose of {', '.join(method_names())}"])
+    if seeds < 1:
+        raise ConfigError([f"seeds: found {seeds}, needed at least 1"])
     found = []
     for seed in range(config.seed, config.seed + seeds):
         name = f"{config.name}-seed{seed}" if config.name and seeds > 1 else config.name
@@ -90,15 +92,17 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
         folders: dict[str, str] = {}
         lines: dict[str, Line] = {}
         runs = {method: session.run.child(method) for method in method_names() if method in methods}
+        federated = [method for method in runs if method not in (FACTORY, CENTRALISED, LOCAL)]
+        if federated or LOCAL in methods:
+            from fedfactory_ray.baselines.rounds import Federation, check
+
+            check(config, session.partition)
         if FACTORY in methods:
             lines[FACTORY], folders[FACTORY] = run_factory(session)
         if CENTRALISED in methods:
             lines[CENTRALISED], folders[CENTRALISED] = run_centralised(session)
         curves, alone = {}, []
-        federated = [method for method in runs if method not in (FACTORY, CENTRALISED, LOCAL)]
         if federated or LOCAL in methods:
-            from fedfactory_ray.baselines.rounds import Federation
-
             federation = ending.enter_context(
                 Federation(config, session.partition, pipeline.make_task(session), session.plan.client, session.storage)
             )

@@ -250,7 +250,7 @@ class FederatedConfig(Section):
     """Passes of a client over its own images in a round."""
     client_fraction: float = Field(1.0, gt=0, le=1)
     """Share of the clients that take part in a round, drawn anew each time; at least one."""
-    client_lr: float = Field(0.1, gt=0)
+    client_lr: float = Field(0.03, gt=0)
     """Learning rate of the clients' SGD."""
     server_lr: float = Field(1.0, gt=0)
     """Step of the server towards the clients' average (`fedavg`, `fedprox`, `scaffold`)."""

@@ -29,7 +29,10 @@ from fedfactory_ray.storage import Storage
 
 TASK = Task(classes=3, channels=1, resolution=8)
 COUNTS = ((12, 12, 0), (0, 20, 11), (15, 0, 0), (4, 3, 5), (0, 0, 20))
-FEDERATED = {"rounds": 4, "local_epochs": 1, "client_fraction": 0.6, "checkpoint_every": 2, "validation_every": 5}
+FEDERATED = {
+    **{"rounds": 4, "local_epochs": 1, "client_fraction": 0.6, "client_lr": 0.1},
+    **{"checkpoint_every": 2, "validation_every": 5},
+}
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +221,7 @@ def test_a_partition_too_thin_to_validate_is_refused(here: None, data: Path, tmp
 
 def test_participants_are_drawn_anew_and_alike_for_all_methods(here: None, data: Path, tmp_path: Path) -> None:
     federation = federation_here(config(data), data, tmp_path)
-    drawn = [tuple(federation.chosen(number)) for number in range(1, 40)]
+    drawn = [tuple(federation.participants(number)) for number in range(1, 40)]
     assert {len(clients) for clients in drawn} == {3}
     assert len(set(drawn)) > 5
     assert {client for clients in drawn for client in clients} == set(federation.partition.clients)

@@ -74,6 +74,20 @@ class _State:
     history: list[Round] = field(default_factory=list)
 
 
+def check(config: Config, partition: Partition) -> None:
+    """Refuse what federated methods cannot do. Raises ConfigError or PartitionError."""
+    if config.classifier.precision == "fp16":
+        raise ConfigError(["classifier.precision: found fp16, federated methods need auto, bf16 or fp32"])
+    every = config.federated.validation_every
+    largest = max(len(indices) for _, _, indices in partition)
+    if largest < every:
+        raise PartitionError(
+            f"no client holds more than {largest} images of a class",
+            f"federated.validation_every={every} of some class, one of which validates",
+            "a smaller federated.validation_every",
+        )
+
+
 class Federation:
     """Slots with the clients of a partition dealt to them, and a server; a context that ends its actors.
 
@@ -81,16 +95,8 @@ class Federation:
     """
 
     def __init__(self, config: Config, partition: Partition, task: Task, worker: Worker, storage: Storage) -> None:
-        if config.classifier.precision == "fp16":
-            raise ConfigError(["classifier.precision: found fp16, federated methods need auto, bf16 or fp32"])
+        check(config, partition)
         every = config.federated.validation_every
-        aside = {client: held_back(share, every)[1] for client, share in partition.shares.items()}
-        if not any(len(indices) for share in aside.values() for indices in share.values()):
-            raise PartitionError(
-                f"no client holds {every} images of a class, so none are left to validate",
-                "validation images",
-                f"a smaller federated.validation_every than {every}",
-            )
         self.config, self.partition, self.task, self.storage = config, partition, task, storage
         self.images = {
             client: sum(map(len, held_back(share, every)[0].values())) for client, share in partition.shares.items()
@@ -142,8 +148,8 @@ class Federation:
             "history": [asdict(r) for r in state.history],
         }
         self.storage.write_json(f"{folder}/card.json", card)
-        if self.storage.names(checkpoints):
-            self.storage.filesystem.delete_dir(self.storage.path("federated"))
+        if self._progress(checkpoints):
+            self.storage.filesystem.delete_dir(self.storage.path(checkpoints))
         return Federated(folder, sha256, state.chosen, state.history)
 
     def fingerprint(self, method: Method) -> str:
@@ -158,7 +164,7 @@ class Federation:
         ]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def chosen(self, round_: int) -> list[str]:
+    def participants(self, round_: int) -> list[str]:
         """The clients of a round, in order: the same for every method."""
         clients = self.partition.clients
         n = max(1, round(self.config.federated.client_fraction * len(clients)))
@@ -175,7 +181,7 @@ class Federation:
         return late or (rounds > 0 and state.history[-1].diverged)
 
     def _round(self, method: Method, state: _State, number: int) -> Round:
-        began, clients = time.monotonic(), self.chosen(number)
+        began, clients = time.monotonic(), self.participants(number)
         told, uploads = [], []
         for client in clients:
             reply = (
