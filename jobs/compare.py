@@ -10,6 +10,7 @@ from rich.console import Console
 
 from fedfactory_ray.command_line import parse
 from fedfactory_ray.errors import FedFactoryError
+from fedfactory_ray.presets import PRESETS
 
 
 def options() -> argparse.ArgumentParser:
@@ -34,6 +35,8 @@ def main() -> int:
         if chosen.print_config:
             print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
             return 0
+        if not PRESETS[chosen.preset].verified:
+            console.print(f"note: preset {chosen.preset} has not been run on its hardware yet", highlight=False)
         # Heavy imports only once the configuration stands.
         from fedfactory_ray import comparison, tracking
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+from pathlib import Path
 
+import mlflow
 import pytest
 from rich.console import Console
 
 from fedfactory_ray.command_line import make_config
 from fedfactory_ray.comparison import Comparison, Line, compare, comparison_table, method_names, over_seeds
+from fedfactory_ray.config import Config
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.plots import comparison_plot
 from fedfactory_ray.session import run_name
@@ -65,3 +68,30 @@ def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
 def test_the_baselines_settings_leave_the_factorys_run_where_it_is() -> None:
     assert run_name(make_config()) == run_name(make_config(overrides=["--federated.rounds", "3"]))
     assert run_name(make_config()) != run_name(make_config(overrides=["--classifier.norm", "batch"]))
+
+
+def test_several_seeds_have_runs_of_their_own_and_one_of_their_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Config] = []
+
+    def once(config: Config, methods: list[str], console: Console) -> Comparison:
+        asked.append(config)
+        return comparison(0.1 * len(asked), 10)
+
+    monkeypatch.setattr("fedfactory_ray.comparison.compare_once", once)
+    monkeypatch.chdir(tmp_path)  # where artifacts go
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    config = make_config(overrides=["--seed", "4", "--name", "mine", "--tracking.uri", store])
+    found = compare(config, ["centralised", "fedavg"], 3, Console(file=io.StringIO()))
+    assert [(c.seed, c.name) for c in asked] == [(4, "mine-seed4"), (5, "mine-seed5"), (6, "mine-seed6")]
+    assert found.lines[1].scores["accuracy"] == pytest.approx(0.2)
+    client = mlflow.MlflowClient(store)
+    runs = {r.info.run_name: r for r in client.search_runs(["1"])}
+    parent = runs.pop(found.name)
+    assert set(runs) == {"centralised", "fedavg"}
+    assert {r.data.tags["mlflow.parentRunId"] for r in runs.values()} == {parent.info.run_id}
+    assert runs["fedavg"].data.metrics["accuracy_std"] == pytest.approx(0.1)
+    assert {r.info.status for r in (parent, *runs.values())} == {"FINISHED"}
+    files = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert files == {"comparison.txt", "comparison.json", "comparison.png"}
