@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from conftest import write_npz
 
@@ -62,16 +63,20 @@ class Interrupted(Exception):
     pass
 
 
-def stop_at(last: int, heard: list[Round]) -> Any:
+def stop_at(last: int, heard: list[Round], actor: Any = None) -> Any:
+    """A listener that kills `actor`, whom Ray starts anew, after the first round, and breaks off after `last`."""
+
     def listen(done: Round) -> None:
         heard.append(done)
+        if done.round == 1 and actor is not None:
+            ray.kill(actor, no_restart=False)
         if done.round == last:
             raise Interrupted
 
     return listen
 
 
-def test_weights_depend_neither_on_the_number_of_actors_nor_on_a_break(
+def test_weights_depend_neither_on_the_number_of_actors_nor_on_deaths_and_breaks(
     cluster: None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(data)
@@ -90,7 +95,7 @@ def test_weights_depend_neither_on_the_number_of_actors_nor_on_a_break(
                 method, heard = make(settings.federated), []
                 if slots == 1 and name in ("scaffold", "feddyn"):
                     with pytest.raises(Interrupted):
-                        federation.run(name, method, stop_at(3, heard))
+                        federation.run(name, method, stop_at(3, heard, federation.slot["client-000"]))
                     assert storage.names("federated")
                     assert federation.run(name, method, heard.append).history[:2] == heard[:2]
                     assert [r.round for r in heard] == [1, 2, 3, 3, 4]
