@@ -15,6 +15,7 @@ from fedfactory_ray.sections import (
     ClassifierConfig,
     DataConfig,
     ExpertsConfig,
+    FederatedConfig,
     GeneratorConfig,
     PartitionConfig,
     ResourcesConfig,
@@ -67,6 +68,8 @@ class Config(BaseSettings):
     """Classifier."""
     experts: ExpertsConfig = ExpertsConfig()
     """Experts."""
+    federated: FederatedConfig = FederatedConfig()
+    """Federated baselines (jobs/compare.py)."""
     resources: ResourcesConfig = ResourcesConfig()
     """Resources."""
     storage: StorageConfig = StorageConfig()
@@ -131,9 +134,9 @@ class Config(BaseSettings):
     def determining(self) -> dict[str, Any]:
         """The settings that determine what the run makes, as JSON values: all but where things run and are kept.
 
-        Neither `architecture` nor `experts` counts: they add to a run and change nothing that is there.
+        Neither `architecture`, `experts` nor the baselines count: they add to a run and change nothing that is there.
         """
-        chosen = {"architecture", "experts", "baselines", "modules"}
+        chosen = {"architecture", "experts", "baselines", "federated", "modules"}
         tree = self.model_dump(mode="json", exclude={"name", "storage", "tracking", "resources", *chosen})
         del tree["data"]["root"], tree["data"]["download"]
         for silo in tree["partition"]["silos"]:

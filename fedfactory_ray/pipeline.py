@@ -137,16 +137,21 @@ def draw_images(session: Session, modules: Modules) -> list[Shard]:
 def training_rows(session: Session, manifest: list[Shard]) -> dict[str, Rows]:
     """Rows to fit a classifier on, by method: the synthetic ones, and those of the references."""
     from fedfactory_ray.baselines.centralised import real_rows
+
+    rows = {}
+    if session.config.architecture != "decentralised":
+        rows[METHOD] = synthetic_rows(session, manifest)
+    if "centralised" in session.config.references:
+        rows["centralised"] = real_rows(session.config, session.partition, session.info)
+    return rows
+
+
+def synthetic_rows(session: Session, manifest: list[Shard]) -> Rows:
+    """The drawn images as a classifier's rows."""
     from fedfactory_ray.classification.rows import shard_rows
 
-    config = session.config
-    rows = {}
-    if config.architecture != "decentralised":
-        digest = hashlib.sha256("".join(shard.rows_sha256 for shard in manifest).encode()).hexdigest()
-        rows[METHOD] = shard_rows(session.storage, manifest, digest, config.synthesis.unit_size)
-    if "centralised" in config.references:
-        rows["centralised"] = real_rows(config, session.partition, session.info)
-    return rows
+    digest = hashlib.sha256("".join(shard.rows_sha256 for shard in manifest).encode()).hexdigest()
+    return shard_rows(session.storage, manifest, digest, session.config.synthesis.unit_size)
 
 
 def fit_classifier(session: Session, method: str, rows: Rows, task: Task) -> Classifier:

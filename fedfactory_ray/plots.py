@@ -62,3 +62,25 @@ def partition_plot(matrix: np.ndarray, clients: list[str], class_names: list[str
     axis.set(title="images a client and class")
     axis.invert_yaxis()
     return figure
+
+
+def comparison_plot(scores: dict[str, dict[str, float]], curves: dict[str, list[float]]) -> Figure:
+    """Left: test accuracy by method, with its interval or its deviation over seeds; right: validation accuracy by
+    round of the federated methods, where there are any."""
+    figure = Figure(figsize=(11 if curves else 6, 1.4 + 0.35 * len(scores)), layout="constrained")
+    axes = figure.subplots(1, 1 + bool(curves), squeeze=False)[0]
+    for place, each in enumerate(scores.values()):
+        value, deviation = each["accuracy"], each.get("accuracy_std", 0.0)
+        low, high = each.get("accuracy_low", value - deviation), each.get("accuracy_high", value + deviation)
+        axes[0].barh(place, value, color="tab:blue", alpha=0.6)
+        axes[0].plot([low, high], [place, place], color="black", linewidth=1.5)
+        axes[0].text(max(value, high) + 0.01, place, f"{value:.3f}", va="center", fontsize=7)
+    axes[0].set_yticks(range(len(scores)), list(scores), fontsize=8)
+    axes[0].set(xlim=(0, 1.12), xlabel="test accuracy")
+    axes[0].invert_yaxis()
+    if curves:
+        for method, values in curves.items():
+            axes[1].plot(range(1, len(values) + 1), values, label=method)
+        axes[1].set(xlabel="round", ylabel="validation accuracy", ylim=(0, 1.02))
+        axes[1].legend(fontsize=8)
+    return figure

@@ -37,6 +37,7 @@ PUBLISHED_GENERATOR = {
 PUBLISHED_SAMPLER = {"evaluations": 18, "sigma_min": 0.002, "sigma_max": 80.0}
 PUBLISHED_CLASSIFIER = {
     "model": "resnet50",
+    "norm": "batch",
     "epochs": 300,
     "batch_size": 256,
     "optimizer": "sgd",
@@ -77,6 +78,7 @@ SMALL_GENERATOR = {
     "ema_decay": 0.998,
 }
 SMALL_CLASSIFIER = {
+    "norm": "batch",
     "epochs": 15,
     "flips": "dihedral",
     "shift": 0.12,

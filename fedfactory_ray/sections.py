@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Norm = Literal["group", "batch"]
 NATIVE_RESOLUTION = {"digits": 8, "cifar10": 32}
 
 
@@ -227,6 +228,8 @@ class ClassifierConfig(Section):
 
     model: Literal["cnn", "resnet18", "resnet50"] = "cnn"
     """A small CNN for CPUs, or torchvision's ResNet with a small-image stem."""
+    norm: Norm = "group"
+    """Normalisation layers; `batch` keeps statistics of the images seen, which federated averaging cannot average."""
     epochs: int = Field(10, ge=1)
     """Passes over the synthetic images."""
     batch_size: int = Field(64, ge=2)
@@ -270,6 +273,36 @@ class ExpertsConfig(Section):
 
     real_share: float = Field(1.0, ge=0, le=1)
     """Largest share of real images among those of a class that a client holds; synthetic ones make up the rest."""
+
+
+class FederatedConfig(Section):
+    """The federated baselines: clients descend with plain SGD on the classifier's recipe (network, augmentation, label
+    smoothing, batch size), the server averages."""
+
+    rounds: int = Field(100, ge=1)
+    """Most rounds; the best one by the clients' validation images is kept."""
+    patience: int = Field(30, ge=1)
+    """Stop after this many rounds without a better one."""
+    local_epochs: int = Field(5, ge=1)
+    """Passes of a client over its own images in a round."""
+    client_fraction: float = Field(1.0, gt=0, le=1)
+    """Share of the clients that take part in a round, drawn anew each time; at least one."""
+    client_lr: float = Field(0.03, gt=0)
+    """Learning rate of the clients' SGD."""
+    server_lr: float = Field(1.0, gt=0)
+    """Step of the server towards the clients' average (`fedavg`, `fedprox`, `scaffold`)."""
+    weight_decay: float = Field(1e-4, ge=0)
+    """L2 regularisation of the clients' loss."""
+    grad_clip: float = Field(10.0, gt=0)
+    """Largest norm of a batch's gradient, before the method corrects it."""
+    prox_mu: float = Field(0.01, ge=0)
+    """`fedprox`: weight of the proximal term."""
+    feddyn_alpha: float = Field(0.1, gt=0)
+    """`feddyn`: weight of the dynamic regulariser."""
+    validation_every: int = Field(10, ge=2)
+    """Every so-many-th training image of each (client, class) is held back for the choice of the round."""
+    checkpoint_every: int = Field(10, ge=1)
+    """Rounds between checkpoints, from which a broken run goes on."""
 
 
 class WorkerResources(Section):

@@ -25,6 +25,8 @@ from fedfactory_ray.federation.exchange import digest, import_modules
 from fedfactory_ray.storage import Storage
 from fedfactory_ray.survey import survey
 
+SECONDS = "seconds.json"
+
 
 @dataclass
 class Session:
@@ -47,10 +49,17 @@ class Session:
 
     @contextmanager
     def phase(self, title: str) -> Iterator[None]:
-        """Take the block's time as the seconds of `title`."""
+        """Take the block's time as the seconds of `title`; storage keeps the longest that any start took."""
         began = time.monotonic()
         yield
         self.seconds[title] = time.monotonic() - began
+        self.storage.write_json(SECONDS, self.longest | {title: max(self.seconds[title], self.longest.get(title, 0))})
+
+    @property
+    def longest(self) -> dict[str, float]:
+        """Seconds of each phase in the start that did its work, not in those that found it done."""
+        found: dict[str, float] = self.storage.read_json(SECONDS) if self.storage.exists(SECONDS) else {}
+        return found
 
 
 @contextmanager

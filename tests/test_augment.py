@@ -219,3 +219,11 @@ def test_the_predictor_can_be_exported_for_any_number_of_images() -> None:
     exported = torch.export.export(predictor, (pixels,), dynamic_shapes=({0: torch.export.Dim("n", min=1)},)).module()
     for n in (1, 2, 6):
         torch.testing.assert_close(exported(pixels[:n]), predictor(pixels[:n]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["cnn", "resnet18", "resnet50"])
+def test_group_norm_keeps_no_statistics_and_batch_norm_does(name: str) -> None:
+    group, batch = (make_classifier(name, Task(4, 3, 8), norm) for norm in ("group", "batch"))
+    assert not list(group.buffers())
+    assert any(buffer_name.endswith("running_mean") for buffer_name, _ in batch.named_buffers())
+    assert [p.shape for p in group.parameters()] == [p.shape for p in batch.parameters()]

@@ -1,4 +1,4 @@
-"""jobs/run.py as a person starts it: another process, a terminal or none, Ctrl-C."""
+"""The jobs as a person starts them: another process, a terminal or none, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -77,3 +77,12 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
     assert "Traceback" not in err
     runs = mlflow.MlflowClient(store).search_runs(["1"])
     assert {run.info.status for run in runs} == {"KILLED"}
+
+
+def test_the_comparison_refuses_what_it_cannot_do_before_anything_starts(tmp_path: Path) -> None:
+    command = [sys.executable, str(RUN.with_name("compare.py")), "--methods", "fedavg", "fedsgd", "--seed", "3"]
+    job = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    assert job.returncode == 2
+    assert "fedsgd unknown: choose of centralised, local, fedavg" in job.stderr
+    assert "Traceback" not in job.stderr
+    assert not list(tmp_path.iterdir())

@@ -127,6 +127,7 @@ def test_nothing_but_the_run_is_left_in_storage(finished: Finished) -> None:
     top = {path.name for path in finished.folder.iterdir()}
     assert top == {
         *("config.json", "partition.json", "partition.parquet", "manifest.json", "evaluation.json"),
+        "seconds.json",
         *("modules", "synthetic", "classifier"),
     }
     assert not list(finished.folder.glob("**/*.tmp"))
@@ -304,3 +305,48 @@ def test_run_names_follow_the_settings_that_matter() -> None:
     assert name.startswith("bloodmnist-silos-seed0-")
     assert name == run_name(make_config("bloodmnist-cpu", overrides=["--storage.uri", "elsewhere"]))
     assert name != run_name(make_config("bloodmnist-cpu", overrides=["--generator.epochs", "3"]))
+
+
+def test_the_comparison_goes_on_from_the_runs_folder(finished: Finished, folder: Path) -> None:
+    """Last of the tests on this run: it adds to the run's folder and to the store."""
+    from fedfactory_ray.comparison import BEST, ENSEMBLE, MEAN, compare
+    from fedfactory_ray.sections import FederatedConfig
+
+    federated = FederatedConfig(rounds=2, local_epochs=1, validation_every=5)
+    config = finished.config.model_copy(update={"federated": federated})
+    methods, out = ["fedfactory", "centralised", "local", "scaffold"], io.StringIO()
+    patterns = ("modules/**/*", "synthetic/**/*", "classifier/**/*")
+    before = {p: p.stat().st_mtime_ns for pattern in patterns for p in finished.folder.glob(pattern) if p.is_file()}
+    found = compare(config, methods, 1, Console(file=out, width=160))
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    lines = {line.method: line for line in found.lines}
+    assert list(lines) == ["centralised", MEAN, BEST, ENSEMBLE, "scaffold", "fedfactory"]
+    for method, evaluation in finished.report.evaluations.items():
+        assert lines[method].scores == evaluation.scalars()
+    assert lines["fedfactory"].bytes_up == finished.report.uploaded_bytes
+    assert lines["centralised"].bytes_up == 120 * 64
+    assert lines["scaffold"].rounds == 2
+    assert lines["scaffold"].bytes_up > lines["scaffold"].bytes_down / 2 > 0
+    assert lines[MEAN].scores["accuracy"] <= lines[BEST].scores["accuracy"]
+    assert "scaffold" in out.getvalue()
+    worked = finished.report.seconds
+    assert lines["fedfactory"].seconds >= worked["modules"] + worked["synthesis"]
+
+    client = mlflow.MlflowClient(config.tracking.uri)
+    runs = client.search_runs([client.get_experiment_by_name("fedfactory").experiment_id])
+    children = {r.info.run_name: r for r in runs if r.data.tags.get("mlflow.parentRunId") == runs_parent(runs)}
+    assert set(methods) <= set(children)
+    assert {r.info.status for r in children.values()} == {"FINISHED"}
+    assert children["fedfactory"].data.metrics["accuracy"] == lines["fedfactory"].scores["accuracy"]
+    assert len(client.get_metric_history(children["scaffold"].info.run_id, "validation_accuracy")) == 2
+    assert "comparison.png" in {a.path for a in client.list_artifacts(runs_parent(runs))}
+
+    after = {p: p.stat().st_mtime_ns for p in finished.folder.glob("classifier/**/*") if p.is_file()}
+    assert compare(config, methods, 1, Console(file=out, width=160)).lines == found.lines
+    assert {path: path.stat().st_mtime_ns for path in after} == after
+
+
+def runs_parent(runs: list[Any]) -> str:
+    """The newest parent run."""
+    parents = [r for r in runs if "mlflow.parentRunId" not in r.data.tags]
+    return str(max(parents, key=lambda r: r.info.start_time).info.run_id)

@@ -74,7 +74,7 @@ class Fit:
         self.precision = resolve_precision(recipe.precision, device)
         self.steps = recipe.epochs * steps_per_epoch
         seed_process(seed)
-        self.network = make_classifier(recipe.model, task).to(device)
+        self.network = make_classifier(recipe.model, task, recipe.norm).to(device)
         self.optimizer = make_optimizer(recipe, self.network)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.wrap = wrap

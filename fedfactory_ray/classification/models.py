@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+
+from fedfactory_ray.sections import Norm
 
 
 @dataclass(frozen=True)
@@ -22,27 +25,38 @@ class Task:
         return self.resolution, self.resolution, self.channels
 
 
-def conv_block(inputs: int, outputs: int) -> nn.Sequential:
-    """3×3 convolution, batch norm, ReLU."""
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU())
+def make_norm(norm: Norm, channels: int) -> nn.Module:
+    """`batch`: Ioffe and Szegedy 2015; `group`: Wu and He 2018, up to 32 groups of four or more channels.
+
+    Batch statistics of clients with different classes have no common mean, so they break federated averaging (Hsieh et
+    al. 2020, sec. 5); a group norm has none.
+    """
+    return nn.BatchNorm2d(channels) if norm == "batch" else nn.GroupNorm(min(32, channels // 4), channels)
 
 
-def small_cnn(channels: int, classes: int) -> nn.Module:
+def conv_block(inputs: int, outputs: int, norm: Norm) -> nn.Sequential:
+    """3×3 convolution, normalisation, ReLU."""
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), make_norm(norm, outputs), nn.ReLU())
+
+
+def small_cnn(channels: int, classes: int, norm: Norm) -> nn.Module:
     """Six convolutions over three scales, 288 k parameters: for CPUs and images of 8 to 64 pixels."""
     return nn.Sequential(
-        *(conv_block(channels, 32), conv_block(32, 32), nn.MaxPool2d(2)),
-        *(conv_block(32, 64), conv_block(64, 64), nn.MaxPool2d(2)),
-        *(conv_block(64, 128), conv_block(128, 128)),
+        *(conv_block(channels, 32, norm), conv_block(32, 32, norm), nn.MaxPool2d(2)),
+        *(conv_block(32, 64, norm), conv_block(64, 64, norm), nn.MaxPool2d(2)),
+        *(conv_block(64, 128, norm), conv_block(128, 128, norm)),
         *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.2), nn.Linear(128, classes)),
     )
 
 
-def small_image_resnet(name: str, channels: int, classes: int, resolution: int) -> nn.Module:
+def small_image_resnet(name: str, channels: int, classes: int, resolution: int, norm: Norm) -> nn.Module:
     """torchvision's ResNet-18 or -50 (He et al. 2016); up to 64 pixels its stem is a 3×3 convolution without pooling,
     as the paper has it for CIFAR-10."""
     from torchvision.models import resnet18, resnet50
 
-    network = {"resnet18": resnet18, "resnet50": resnet50}[name](weights=None, num_classes=classes)
+    network = {"resnet18": resnet18, "resnet50": resnet50}[name](
+        weights=None, num_classes=classes, norm_layer=partial(make_norm, norm)
+    )
     if resolution <= 64:
         network.conv1 = nn.Conv2d(channels, 64, 3, padding=1, bias=False)
         network.maxpool = nn.Identity()
@@ -51,11 +65,11 @@ def small_image_resnet(name: str, channels: int, classes: int, resolution: int) 
     return network
 
 
-def make_classifier(name: str, task: Task) -> nn.Module:
+def make_classifier(name: str, task: Task, norm: Norm = "group") -> nn.Module:
     """An untrained network: float images (n, channels, side, side) in [-1, 1] to logits (n, classes)."""
     if name == "cnn":
-        return small_cnn(task.channels, task.classes)
-    return small_image_resnet(name, task.channels, task.classes, task.resolution)
+        return small_cnn(task.channels, task.classes, norm)
+    return small_image_resnet(name, task.channels, task.classes, task.resolution, norm)
 
 
 class Predictor(nn.Module):

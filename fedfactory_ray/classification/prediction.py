@@ -35,7 +35,7 @@ class TestResult:
 
 def load_network(config: Config, task: Task, storage: Storage, folder: str) -> torch.nn.Module:
     """The fitted network of a classifier in storage, in evaluation mode, on the CPU."""
-    network = make_classifier(config.classifier.model, task)
+    network = make_classifier(config.classifier.model, task, config.classifier.norm)
     network.load_state_dict(safetensors.torch.load(storage.read(f"{folder}/model.safetensors")))
     return network.eval()
 
@@ -62,10 +62,12 @@ def evaluate_on_test(
     folders: dict[str, str],
     experts: dict[str, str],
     examples: int,
+    ensembles: dict[str, list[str]] | None = None,
 ) -> TestResult:
     """Evaluate classifiers and experts (name → folder) on the test split; up to `examples` images a class come back.
 
-    Experts count each alone, as a mixture and as a product; the product is compared with every classifier.
+    Experts count each alone, as a mixture and as a product; the product is compared with every classifier. `ensembles`
+    (name → names in `folders`) are evaluated beside the classifiers: the mean of their members' probabilities.
     """
     device = prepare_process(resources, assigned_device(ray.get_gpu_ids()))
     source = open_source(config.data)
@@ -77,18 +79,21 @@ def evaluate_on_test(
         }
         for of in (folders, experts)
     )
-    return compare(found, lone, labels, config.seed, {y: images[labels == y][:examples] for y in range(task.classes)})
+    shown = {y: images[labels == y][:examples] for y in range(task.classes)}
+    return compare(found, lone, ensembles or {}, labels, config.seed, shown)
 
 
 def compare(
     classifiers: dict[str, torch.Tensor],
     experts: dict[str, torch.Tensor],
+    ensembles: dict[str, list[str]],
     labels: np.ndarray,
     seed: int,
     examples: dict[int, np.ndarray],
 ) -> TestResult:
     """Evaluate the logits (n, classes) of classifiers and, alone and combined, of experts against labels (n,)."""
     found = {name: logits.softmax(1).numpy() for name, logits in classifiers.items()}
+    found |= {name: np.mean([found[member] for member in members], axis=0) for name, members in ensembles.items()}
     differences = {}
     if experts:
         logits = torch.stack([*experts.values()])

@@ -1,0 +1,289 @@
+"""The comparison: every method on one partition with one recipe; the test split is read once, after all are done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import ray
+from rich.console import Console
+from rich.table import Table
+
+from fedfactory_ray import pipeline, plots, tracking
+from fedfactory_ray.config import METHOD, Config
+from fedfactory_ray.errors import ConfigError
+from fedfactory_ray.progress import bars
+from fedfactory_ray.report import partition_table
+from fedfactory_ray.session import Session, open_session
+from fedfactory_ray.tracking import ClientRun, Run
+
+if TYPE_CHECKING:
+    from fedfactory_ray.baselines.rounds import Federated, Federation, Round
+
+CENTRALISED, LOCAL, FACTORY = "centralised", "local", METHOD
+ENSEMBLE, MEAN, BEST = "local, ensemble", "local, mean", "local, best on test"
+COMPARED = ("accuracy", "balanced_accuracy", "auroc")
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the table. `scores` are an evaluation's scalars, or over seeds their means, with `<score>_std`.
+
+    Bytes are those of all clients together, until the method's last round.
+    """
+
+    method: str
+    scores: dict[str, float]
+    rounds: float | None
+    bytes_up: float
+    bytes_down: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What a comparison on one seed, or over several, tells; `curves` are validation accuracies by round."""
+
+    name: str
+    storage: str
+    lines: list[Line]
+    curves: dict[str, list[float]]
+
+
+def method_names() -> list[str]:
+    """All methods, in the order of the table."""
+    from fedfactory_ray.baselines.methods import METHODS
+
+    return [CENTRALISED, LOCAL, *METHODS, FACTORY]
+
+
+def compare(config: Config, methods: Sequence[str], seeds: int, console: Console) -> Comparison:
+    """Compare `methods` on `seeds` seeds, from the config's on; partitions and generators are new for each.
+
+    Each seed's run is that of `jobs/run.py`, so what either has done is not done again. Raises FedFactoryError for
+    what the user can mend.
+    """
+    unknown = sorted(set(methods) - set(method_names()))
+    if unknown:
+        raise ConfigError([f"methods: {', '.join(unknown)} unknown: choose of {', '.join(method_names())}"])
+    if config.apart:
+        raise ConfigError(["partition natural or modules from files: the comparison needs all images in one place"])
+    if seeds < 1:
+        raise ConfigError([f"seeds: found {seeds}, needed at least 1"])
+    found = []
+    for seed in range(config.seed, config.seed + seeds):
+        name = f"{config.name}-seed{seed}" if config.name and seeds > 1 else config.name
+        found.append(compare_once(config.model_copy(update={"seed": seed, "name": name}), methods, console))
+        console.print(comparison_table(found[-1]))
+    if seeds == 1:
+        return found[0]
+    whole = over_seeds(found)
+    run = tracking.start_run(config, whole.name)
+    log_comparison(run, {line.method: run.child(line.method) for line in whole.lines}, whole)
+    run.end()
+    return whole
+
+
+def compare_once(config: Config, methods: Sequence[str], console: Console) -> Comparison:
+    """The comparison on the config's seed, logged as one MLflow run with a child for each method."""
+    with open_session(config, console) as session, ExitStack() as ending:
+        console.print(partition_table(session.partition, session.info))
+        folders: dict[str, str] = {}
+        lines: dict[str, Line] = {}
+        runs = {method: session.run.child(method) for method in method_names() if method in methods}
+        federated = [method for method in runs if method not in (FACTORY, CENTRALISED, LOCAL)]
+        if federated or LOCAL in methods:
+            from fedfactory_ray.baselines.rounds import Federation, check
+
+            check(config, session.partition)
+        if FACTORY in methods:
+            lines[FACTORY], folders[FACTORY] = run_factory(session)
+        if CENTRALISED in methods:
+            lines[CENTRALISED], folders[CENTRALISED] = run_centralised(session)
+        curves, alone = {}, []
+        if federated or LOCAL in methods:
+            federation = ending.enter_context(
+                Federation(config, session.partition, pipeline.make_task(session), session.plan.client, session.storage)
+            )
+            if LOCAL in methods:
+                alone = run_local(session, federation, folders)
+            for method in federated:
+                done = run_federated(session, federation, method, runs[method])
+                lines[method], folders[method] = federated_line(method, done.history), done.folder
+                curves[method] = [r.validation_accuracy for r in done.history]
+            ending.close()  # its actors make room for the test
+        scores = evaluate(session, folders, alone)
+        seconds = session.longest
+        lines |= {
+            name: Line(name, {}, None, 0, 0, seconds["local"]) for name in (MEAN, BEST, ENSEMBLE) if LOCAL in methods
+        }
+        order = [CENTRALISED, MEAN, BEST, ENSEMBLE, *federated, FACTORY]
+        found = [replace(lines[name], scores=scores[name]) for name in order if name in lines]
+        comparison = Comparison(session.name, session.storage.uri, found, curves)
+        session.storage.write_json("comparison.json", [vars(line) for line in found])
+        log_comparison(session.run, {ENSEMBLE: runs[LOCAL], **runs} if LOCAL in runs else runs, comparison)
+    return comparison
+
+
+def run_factory(session: Session) -> tuple[Line, str]:
+    """FederatedFactory's Architecture I, as `jobs/run.py` runs it."""
+    client_runs: dict[str, ClientRun] = {}
+    modules = pipeline.train_modules(session, client_runs)
+    for client_run in client_runs.values():
+        client_run.flush().end()
+    manifest = pipeline.draw_images(session, modules)
+    rows = pipeline.synthetic_rows(session, manifest)
+    classifier = pipeline.fit_classifier(session, FACTORY, rows, pipeline.make_task(session))
+    phases = ("modules", "synthesis", f"classifier ({FACTORY})")
+    seconds = sum(session.longest[phase] for phase in phases)
+    return Line(FACTORY, {}, 1, pipeline.uploaded_bytes(modules), 0, seconds), classifier.folder
+
+
+def run_centralised(session: Session) -> tuple[Line, str]:
+    """The classifier on all real images, which would all have to be uploaded."""
+    from fedfactory_ray.baselines.centralised import real_rows
+
+    rows = real_rows(session.config, session.partition, session.info)
+    task = pipeline.make_task(session)
+    classifier = pipeline.fit_classifier(session, CENTRALISED, rows, task)
+    image_bytes = rows.images * int(np.prod(task.image_shape))
+    return Line(
+        CENTRALISED, {}, None, image_bytes, 0, session.longest[f"classifier ({CENTRALISED})"]
+    ), classifier.folder
+
+
+def run_local(session: Session, federation: Federation, folders: dict[str, str]) -> list[str]:
+    """Every client alone; adds their classifiers to `folders` and returns their names there."""
+    from fedfactory_ray.baselines.alone import fit_alone
+
+    total = len(session.partition.clients)
+    with session.phase("local"), bars(session.console, "fitting each client alone", total, "clients") as shown:
+        fitted = fit_alone(federation, shown.update)
+        shown.update(total)
+    names = {f"local-{alone.client}": alone.folder for alone in fitted}
+    folders |= names
+    return list(names)
+
+
+def run_federated(session: Session, federation: Federation, method: str, run: Run) -> Federated:
+    """A federated method; its curves are logged as they grow."""
+    from fedfactory_ray.baselines.methods import METHODS
+
+    config, logged = session.config.federated, set()
+
+    def log(done: Round) -> None:
+        logged.add(done.round)
+        run.metrics({k: v for k, v in vars(done).items() if k != "round"}, step=done.round)
+
+    with session.phase(method), bars(session.console, method, config.rounds, "rounds") as shown:
+
+        def on_round(done: Round) -> None:
+            shown.update(done.round, f"validation accuracy {done.validation_accuracy:.3f}")
+            log(done)
+
+        finished = federation.run(method, METHODS[method](config), on_round)
+    for done in finished.history:
+        if done.round not in logged:  # of an earlier start of the run
+            log(done)
+    run.metrics({"chosen_round": finished.chosen})
+    run.tag("sha256", finished.sha256)
+    return finished
+
+
+def federated_line(method: str, history: Sequence[Round]) -> Line:
+    """Costs of all rounds, those after the chosen one too: nobody knew that they would not help."""
+    up, down, seconds = (sum(getattr(r, name) for r in history) for name in ("bytes_up", "bytes_down", "seconds"))
+    return Line(method, {}, len(history), up, down, seconds)
+
+
+def evaluate(session: Session, folders: dict[str, str], alone: list[str]) -> dict[str, dict[str, float]]:
+    """Scores by line of the table; the test split is read here, once."""
+    from fedfactory_ray.classification.prediction import TestResult, evaluate_on_test
+
+    worker = session.plan.classifier
+    with session.phase("evaluation"):
+        result: TestResult = ray.get(
+            evaluate_on_test.options(num_cpus=worker.num_cpus, num_gpus=worker.num_gpus).remote(
+                session.config,
+                pipeline.make_task(session),
+                worker.resources,
+                session.storage,
+                folders,
+                {},
+                1,
+                {ENSEMBLE: alone} if alone else {},
+            )
+        )
+    scores = {name: evaluation.scalars() for name, evaluation in result.evaluations.items()}
+    if alone:
+        ranked = sorted((scores.pop(name) for name in alone), key=lambda each: each["accuracy"])
+        scores[BEST] = ranked[-1]
+        scores[MEAN] = {score: float(np.mean([each[score] for each in ranked])) for score in COMPARED}
+    return scores
+
+
+def over_seeds(found: Sequence[Comparison]) -> Comparison:
+    """Means over seeds, and standard deviations (n - 1) of the scores."""
+    lines = []
+    for same in zip(*(comparison.lines for comparison in found), strict=True):
+        scores = {score: np.array([line.scores[score] for line in same]) for score in COMPARED}
+        lines.append(
+            Line(
+                same[0].method,
+                {k: float(v.mean()) for k, v in scores.items()}
+                | {f"{k}_std": float(v.std(ddof=1)) for k, v in scores.items()},
+                None if same[0].rounds is None else float(np.mean([line.rounds for line in same])),
+                *(float(np.mean([getattr(line, k) for line in same])) for k in ("bytes_up", "bytes_down", "seconds")),
+            )
+        )
+    return Comparison(f"{found[0].name}-and-{len(found) - 1}-more-seeds", found[0].storage, lines, found[0].curves)
+
+
+def score_text(scores: dict[str, float], score: str) -> str:
+    """A score with what is known of its uncertainty: deviation over seeds, or bootstrap interval on the test split."""
+    value = f"{scores[score]:.4f}"
+    if f"{score}_std" in scores:
+        return f"{value} ± {scores[f'{score}_std']:.4f}"
+    if f"{score}_low" in scores:
+        return f"{value} [{scores[f'{score}_low']:.4f}, {scores[f'{score}_high']:.4f}]"
+    return value
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """The table at the end."""
+    table = Table(title=f"comparison · {comparison.name}", title_justify="left")
+    for column in ("method", "accuracy", "balanced accuracy", "AUROC", "rounds", "MB up", "MB down", "seconds"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for line in comparison.lines:
+        table.add_row(
+            line.method,
+            *(score_text(line.scores, score) for score in COMPARED),
+            "–" if line.rounds is None else f"{line.rounds:g}",
+            f"{line.bytes_up / 1e6:.2f}",
+            f"{line.bytes_down / 1e6:.2f}",
+            f"{line.seconds:.0f}",
+        )
+    return table
+
+
+def log_comparison(run: Run, runs: dict[str, Run], comparison: Comparison) -> None:
+    """Log table and plot to `run`, and each method's line to its own run of `runs`, which end."""
+    from io import StringIO
+
+    for line in comparison.lines:
+        if line.method in runs:
+            costs = {"rounds": line.rounds or 0, "bytes_up": line.bytes_up, "bytes_down": line.bytes_down}
+            runs[line.method].metrics(line.scores | costs | {"seconds": line.seconds})
+    for child in {id(child): child for child in runs.values()}.values():
+        child.end()
+    text = StringIO()
+    Console(file=text, width=160).print(comparison_table(comparison))
+    run.text(text.getvalue(), "comparison.txt")
+    run.json([vars(line) for line in comparison.lines], "comparison.json")
+    run.figure(
+        plots.comparison_plot({line.method: line.scores for line in comparison.lines}, comparison.curves),
+        "comparison.png",
+    )

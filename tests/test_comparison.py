@@ -1,0 +1,97 @@
+"""The table of a comparison: over seeds, and as a person reads it."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import mlflow
+import pytest
+from rich.console import Console
+
+from fedfactory_ray.command_line import make_config
+from fedfactory_ray.comparison import Comparison, Line, compare, comparison_table, method_names, over_seeds
+from fedfactory_ray.config import Config
+from fedfactory_ray.errors import ConfigError
+from fedfactory_ray.plots import comparison_plot
+from fedfactory_ray.session import run_name
+
+
+def scores(accuracy: float) -> dict[str, float]:
+    interval = {"accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1}
+    return {"accuracy": accuracy, "balanced_accuracy": accuracy, "auroc": 0.9} | interval
+
+
+def comparison(accuracy: float, rounds: int) -> Comparison:
+    lines = [
+        Line("centralised", scores(0.9), None, 1e6, 0, 10),
+        Line("fedavg", scores(accuracy), rounds, 2e6, 4e6, 20),
+    ]
+    return Comparison("digits", "runs/digits", lines, {"fedavg": [0.1, 0.2]})
+
+
+def printed(found: Comparison) -> str:
+    out = io.StringIO()
+    Console(file=out, width=160).print(comparison_table(found))
+    return out.getvalue()
+
+
+def test_one_seed_shows_intervals_and_several_show_deviations() -> None:
+    one = printed(comparison(0.2, 10))
+    assert "0.2000 [0.1000, 0.3000]" in one
+    assert "2.00" in one
+    assert "–" in one
+    whole = over_seeds([comparison(0.2, 10), comparison(0.3, 20), comparison(0.4, 30)])
+    fedavg = whole.lines[1]
+    assert fedavg.scores["accuracy"] == pytest.approx(0.3)
+    assert fedavg.scores["accuracy_std"] == pytest.approx(0.1)  # n - 1
+    assert fedavg.rounds == 20
+    assert whole.lines[0].rounds is None
+    assert "0.3000 ± 0.1000" in printed(whole)
+
+
+def test_the_plot_has_a_bar_a_method_and_a_curve_a_federated_one() -> None:
+    found = comparison(0.2, 10)
+    figure = comparison_plot({line.method: line.scores for line in found.lines}, found.curves)
+    bars, curves = figure.axes
+    assert [round(bar.get_width(), 3) for bar in bars.patches] == [0.9, 0.2]
+    assert len(curves.lines) == 1
+    assert len(comparison_plot({line.method: line.scores for line in found.lines}, {}).axes) == 1
+
+
+def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
+    assert {"centralised", "local", "fedavg", "fedprox", "scaffold", "feddyn", "fedfactory"} == set(method_names())
+    with pytest.raises(ConfigError, match=r"fedsgd unknown: choose of centralised, local, fedavg"):
+        compare(make_config(), ["fedavg", "fedsgd"], 1, Console(file=io.StringIO()))
+
+
+def test_the_baselines_settings_leave_the_factorys_run_where_it_is() -> None:
+    assert run_name(make_config()) == run_name(make_config(overrides=["--federated.rounds", "3"]))
+    assert run_name(make_config()) != run_name(make_config(overrides=["--classifier.norm", "batch"]))
+
+
+def test_several_seeds_have_runs_of_their_own_and_one_of_their_means(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Config] = []
+
+    def once(config: Config, methods: list[str], console: Console) -> Comparison:
+        asked.append(config)
+        return comparison(0.1 * len(asked), 10)
+
+    monkeypatch.setattr("fedfactory_ray.comparison.compare_once", once)
+    monkeypatch.chdir(tmp_path)  # where artifacts go
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    config = make_config(overrides=["--seed", "4", "--name", "mine", "--tracking.uri", store])
+    found = compare(config, ["centralised", "fedavg"], 3, Console(file=io.StringIO()))
+    assert [(c.seed, c.name) for c in asked] == [(4, "mine-seed4"), (5, "mine-seed5"), (6, "mine-seed6")]
+    assert found.lines[1].scores["accuracy"] == pytest.approx(0.2)
+    client = mlflow.MlflowClient(store)
+    runs = {r.info.run_name: r for r in client.search_runs(["1"])}
+    parent = runs.pop(found.name)
+    assert set(runs) == {"centralised", "fedavg"}
+    assert {r.data.tags["mlflow.parentRunId"] for r in runs.values()} == {parent.info.run_id}
+    assert runs["fedavg"].data.metrics["accuracy_std"] == pytest.approx(0.1)
+    assert {r.info.status for r in (parent, *runs.values())} == {"FINISHED"}
+    files = {file.path for file in client.list_artifacts(parent.info.run_id)}
+    assert files == {"comparison.txt", "comparison.json", "comparison.png"}

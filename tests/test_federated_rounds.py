@@ -1,0 +1,316 @@
+"""Rounds of federated methods: on Ray where it matters, else with references that are values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import ray
+import torch
+from conftest import write_npz
+
+from fedfactory_ray.baselines import client as actors
+from fedfactory_ray.baselines import rounds
+from fedfactory_ray.baselines.alone import alone_recipe
+from fedfactory_ray.baselines.fedavg import FedAvg
+from fedfactory_ray.baselines.learner import Images, Learner, held_back, pack, unpack
+from fedfactory_ray.baselines.methods import METHODS
+from fedfactory_ray.baselines.rounds import Federation, Round
+from fedfactory_ray.classification.models import Task, make_classifier
+from fedfactory_ray.cluster import Worker
+from fedfactory_ray.config import Config
+from fedfactory_ray.data.partition import Partition, make_partition
+from fedfactory_ray.data.transforms import to_tensor
+from fedfactory_ray.errors import PartitionError
+from fedfactory_ray.storage import Storage
+
+TASK = Task(classes=3, channels=1, resolution=8)
+COUNTS = ((12, 12, 0), (0, 20, 11), (15, 0, 0), (4, 3, 5), (0, 0, 20))
+FEDERATED = {
+    **{"rounds": 4, "local_epochs": 1, "client_fraction": 0.6, "client_lr": 0.1},
+    **{"checkpoint_every": 2, "validation_every": 5},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_npz(tmp_path_factory.mktemp("data") / "stripes.npz")
+
+
+def config(data: Path, **federated: Any) -> Config:
+    return Config.model_validate(
+        {
+            "data": {"source": str(data)},
+            "partition": {"scheme": "skew", "counts": COUNTS},
+            "classifier": {"batch_size": 8, "epochs": 2},
+            "federated": FEDERATED | federated,
+        }
+    )
+
+
+def deal(settings: Config, data: Path) -> Partition:
+    return make_partition(settings.partition, np.load(data)["train_labels"].ravel(), 3, settings.seed)
+
+
+# On Ray
+
+
+class Interrupted(Exception):
+    pass
+
+
+def stop_at(last: int, heard: list[Round], actor: Any = None) -> Any:
+    """A listener that kills `actor`, whom Ray starts anew, after the first round, and breaks off after `last`."""
+
+    def listen(done: Round) -> None:
+        heard.append(done)
+        if done.round == 1 and actor is not None:
+            ray.kill(actor, no_restart=False)
+        if done.round == last:
+            raise Interrupted
+
+    return listen
+
+
+def test_weights_depend_neither_on_the_number_of_actors_nor_on_deaths_and_breaks(
+    cluster: None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = config(data)
+    partition = deal(settings, data)
+
+    def forbidden(*_: Any) -> None:
+        raise AssertionError("the driver opened the clients' images")
+
+    monkeypatch.setattr("fedfactory_ray.data.sources.ArrayFile._read", forbidden)
+    found: dict[int, dict[str, Any]] = {1: {}, 2: {}}
+    for slots in (2, 1):
+        storage = Storage(str(tmp_path / str(slots)))
+        with Federation(settings, partition, TASK, Worker(0.5, 0.0, 1, slots), storage) as federation:
+            assert len(set(federation.slot.values())) == slots
+            for name, make in METHODS.items():
+                method, heard = make(settings.federated), []
+                if slots == 1 and name in ("scaffold", "feddyn"):
+                    with pytest.raises(Interrupted):
+                        federation.run(name, method, stop_at(3, heard, federation.slot["client-000"]))
+                    assert storage.names("federated")
+                    assert federation.run(name, method, heard.append).history[:2] == heard[:2]
+                    assert [r.round for r in heard] == [1, 2, 3, 3, 4]
+                else:
+                    federation.run(name, method, heard.append)
+                    assert [r.round for r in heard] == [1, 2, 3, 4]
+                found[slots][name] = federation.run(name, method, stop_at(0, [])).sha256
+                assert storage.names("federated") == []
+            alone = rounds_of_alone(federation)
+            found[slots] |= alone
+    assert found[1] == found[2]
+    assert len(set(found[1].values())) == len(found[1]) == len(METHODS) + len(COUNTS)
+
+
+def rounds_of_alone(federation: Federation) -> dict[str, str]:
+    from fedfactory_ray.baselines.alone import fit_alone
+
+    told: list[int] = []
+    fitted = fit_alone(federation, told.append)
+    assert told == [0, 1, 2, 3, 4]
+    assert fit_alone(federation, told.append) == fitted
+    assert len(told) == len(COUNTS)
+    return {alone.client: alone.sha256 for alone in fitted}
+
+
+# With references that are values
+
+
+class Called:
+    def __init__(self, function: Any, returns: int = 1) -> None:
+        self.function, self.returns = function, returns
+
+    def options(self, num_returns: int) -> Called:
+        return Called(self.function, num_returns)
+
+    def remote(self, *arguments: Any) -> Any:
+        result = self.function(*arguments)
+        return list(result) if self.returns > 1 else result
+
+
+class Here:
+    """Stands for an actor class, whose actors live in this process."""
+
+    def __init__(self, kind: Any) -> None:
+        self.kind = kind.__ray_metadata__.modified_class
+
+    def options(self, **_: Any) -> Here:
+        return self
+
+    def remote(self, *arguments: Any) -> Any:
+        actor = self.kind(*arguments)
+        public = [name for name in dir(actor) if not name.startswith("_") and callable(getattr(actor, name))]
+        return SimpleNamespace(**{name: Called(getattr(actor, name)) for name in public}, id=id(actor))
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(rounds, "FederatedClient", Here(actors.FederatedClient))
+    monkeypatch.setattr(rounds, "Server", Here(actors.Server))
+    monkeypatch.setattr(rounds, "ray", SimpleNamespace(get=lambda found: found))
+    monkeypatch.setattr(actors.ray, "get_gpu_ids", list)
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+def federation_here(settings: Config, data: Path, folder: Path) -> Federation:
+    return Federation(settings, deal(settings, data), TASK, Worker(1.0, 0.0, 1, 2), Storage(str(folder)))
+
+
+def test_bytes_are_those_of_the_messages(here: None, data: Path, tmp_path: Path) -> None:
+    settings = config(data, rounds=2)
+    federation = federation_here(settings, data, tmp_path)
+    vector = 4 * sum(p.numel() for p in make_classifier("cnn", TASK).parameters())
+    clients, drawn = 5, 3
+    expected = {"fedavg": (1, 0), "fedprox": (1, 0), "scaffold": (2, 1), "feddyn": (1, 0)}
+    for name, (up, extra) in expected.items():
+        first, second = federation.run(name, METHODS[name](settings.federated), lambda _: None).history
+        for done, sent in ((first, drawn + clients), (second, clients)):
+            assert done.clients == drawn
+            assert done.bytes_up == pytest.approx(drawn * up * vector, rel=0.001)
+            assert done.bytes_down == pytest.approx((sent + drawn * extra) * vector, rel=0.001)
+
+
+def test_a_method_ends_when_no_round_is_better_and_keeps_the_best(here: None, data: Path, tmp_path: Path) -> None:
+    settings = config(data, rounds=50, patience=3, client_fraction=1.0)
+    done = federation_here(settings, data, tmp_path).run("fedavg", FedAvg(), lambda _: None)
+    assert len(done.history) == done.chosen + 3 < 50
+    best = max(done.history, key=lambda r: (r.validation_accuracy, -r.validation_loss))
+    assert done.chosen == best.round
+
+
+def test_a_method_that_diverges_ends_with_the_weights_from_before(here: None, data: Path, tmp_path: Path) -> None:
+    settings = config(data, client_lr=1e30)
+    done = federation_here(settings, data, tmp_path).run("fedavg", FedAvg(), lambda _: None)
+    assert done.history[-1].diverged
+    assert done.chosen == 0
+    first = Learner(settings, TASK, torch.device("cpu")).network.state_dict()
+    kept = unpack(Storage(str(tmp_path)).read("classifier/fedavg/model.safetensors"))
+    assert all(torch.equal(kept[name], tensor) for name, tensor in first.items())
+
+
+def test_another_setting_makes_a_method_run_again_and_another_methods_does_not(
+    here: None, data: Path, tmp_path: Path
+) -> None:
+    heard: dict[str, list[Round]] = {}
+    for label, changes in {"first": {}, "lr": {"client_lr": 0.05}, "mu": {"client_lr": 0.05, "prox_mu": 3.0}}.items():
+        settings = config(data, rounds=1, **changes)
+        heard[label] = []
+        federation_here(settings, data, tmp_path).run("fedavg", FedAvg(), heard[label].append)
+    assert [len(each) for each in heard.values()] == [1, 1, 0]
+
+
+def test_all_clients_learn_when_labels_are_shared(here: None, data: Path, tmp_path: Path) -> None:
+    settings = config(data, rounds=12, client_fraction=1.0, local_epochs=2).model_copy(
+        update={"partition": config(data).partition.model_copy(update={"counts": ((13, 13, 13),) * 3})}
+    )
+    done = federation_here(settings, data, tmp_path).run("fedavg", FedAvg(), lambda _: None)
+    assert done.history[done.chosen - 1].validation_accuracy > 0.9
+
+
+def test_a_partition_too_thin_to_validate_is_refused(here: None, data: Path, tmp_path: Path) -> None:
+    settings = config(data, validation_every=21)
+    with pytest.raises(PartitionError, match="validation_every"):
+        federation_here(settings, data, tmp_path)
+
+
+def test_participants_are_drawn_anew_and_alike_for_all_methods(here: None, data: Path, tmp_path: Path) -> None:
+    federation = federation_here(config(data), data, tmp_path)
+    drawn = [tuple(federation.participants(number)) for number in range(1, 40)]
+    assert {len(clients) for clients in drawn} == {3}
+    assert len(set(drawn)) > 5
+    assert {client for clients in drawn for client in clients} == set(federation.partition.clients)
+    assert all(list(clients) == sorted(clients) for clients in drawn)
+
+
+# The client's side
+
+
+def test_every_kth_image_of_a_class_validates_and_a_small_class_trains_whole() -> None:
+    share = {0: np.arange(100, 123), 4: np.arange(7)}
+    training, validation = held_back(share, 10)
+    assert validation[0].tolist() == [109, 119]
+    assert (len(training[0]), len(training[4]), len(validation[4])) == (21, 7, 0)
+    assert sorted([*training[0], *validation[0]]) == share[0].tolist()
+
+
+def learner_of(**classifier: Any) -> Learner:
+    recipe = {"shift": 0.0, "scale": 0.0, "rotate": 0.0, "precision": "fp32", "batch_size": 8, **classifier}
+    federated = {"local_epochs": 2, "weight_decay": 0.01, "grad_clip": 1e9}
+    return Learner(Config.model_validate({"classifier": recipe, "federated": federated}), TASK, torch.device("cpu"))
+
+
+def some_images(n: int) -> Images:
+    draw = torch.Generator().manual_seed(0)
+    return Images(torch.randint(0, 256, (n, 8, 8, 1), generator=draw, dtype=torch.uint8), torch.arange(n) % 3)
+
+
+def test_the_gradient_is_that_of_the_recipes_loss_at_the_given_weights() -> None:
+    learner, data = learner_of(), some_images(8)
+    learner.network[-2].p = 0.0  # no dropout
+    weights = learner.model()["weights"] + 0.01
+    (gradient, *_) = learner.gradients(data, seed=1)
+    found = gradient(weights)
+    network = make_classifier("cnn", TASK)
+    network[-2].p = 0.0
+    torch.nn.utils.vector_to_parameters(weights, network.parameters())
+    loss = torch.nn.functional.cross_entropy(network(to_tensor(data.images)), data.labels, label_smoothing=0.05)
+    loss = loss + 0.005 * sum(p.square().sum() for p in network.parameters())
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(network.parameters()))])
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_large_gradients_are_clipped() -> None:
+    learner = learner_of()
+    learner.settings = learner.settings.model_copy(update={"grad_clip": 0.5})
+    gradient = next(iter(learner.gradients(some_images(8), seed=1)))
+    assert float(gradient(learner.model()["weights"] * 3).norm()) == pytest.approx(0.5, rel=1e-4)
+
+
+@pytest.mark.parametrize(("n", "sizes"), [(8, [8]), (9, [5, 4]), (20, [7, 7, 6]), (1, [1])])
+def test_an_epoch_takes_every_image_once_in_equal_batches(n: int, sizes: list[int]) -> None:
+    learner, seen = learner_of(), []
+    learner._gradient = lambda w, x, y: seen.append(len(y))  # type: ignore[method-assign, assignment]
+    for gradient in learner.gradients(some_images(n), seed=1):
+        gradient(torch.zeros(1))
+    assert seen == sizes * 2
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_models_vectors_are_all_of_its_state(norm: str) -> None:
+    learner = learner_of(norm=norm)
+    model = {name: vector + 0.1 for name, vector in learner.model().items()}
+    assert set(model) == ({"weights", "buffers"} if norm == "batch" else {"weights"})
+    learner.load(unpack(pack(model)))
+    assert all(torch.equal(vector, model[name]) for name, vector in learner.model().items())
+    held = sum(t.numel() for t in learner.network.state_dict().values() if t.is_floating_point())
+    assert sum(map(len, model.values())) == held
+
+
+def test_statistics_of_batch_norms_are_averaged_by_image_counts() -> None:
+    settings = Config.model_validate({"classifier": {"norm": "batch"}})
+    server = actors.Server.__ray_metadata__.modified_class(settings, TASK)
+    _, model, _, kept = server.start(FedAvg())
+    start = unpack(model)
+    uploads = [pack({name: vector + shift for name, vector in start.items()}) for shift in (1.0, 5.0)]
+    _, after, _, _ = server.aggregate(FedAvg(), 40, [30, 10], model, kept, *uploads)
+    for name, vector in unpack(after).items():
+        torch.testing.assert_close(vector, start[name] + 2.0)
+
+
+def test_a_client_alone_takes_as_many_steps_as_the_centralised_fit() -> None:
+    settings = Config.model_validate({"classifier": {"epochs": 10, "batch_size": 64}})
+    for images in (10, 64, 100, 640):
+        recipe = alone_recipe(settings, images, 6400)
+        steps = recipe.epochs * (images // min(64, images))
+        assert 1000 <= steps < 1000 + images // min(64, images)
