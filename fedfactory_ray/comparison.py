@@ -243,11 +243,11 @@ def over_seeds(found: Sequence[Comparison]) -> Comparison:
 
 
 def score_text(scores: dict[str, float], score: str) -> str:
-    """A score with what is known of its uncertainty: deviation over seeds, or bootstrap interval on the test split."""
+    """A score with its deviation over seeds; with one seed, accuracy has its bootstrap interval on the test split."""
     value = f"{scores[score]:.4f}"
     if f"{score}_std" in scores:
         return f"{value} ± {scores[f'{score}_std']:.4f}"
-    if f"{score}_low" in scores:
+    if score == "accuracy" and "accuracy_low" in scores:
         return f"{value} [{scores[f'{score}_low']:.4f}, {scores[f'{score}_high']:.4f}]"
     return value
 
@@ -255,8 +255,8 @@ def score_text(scores: dict[str, float], score: str) -> str:
 def comparison_table(comparison: Comparison) -> Table:
     """The table at the end."""
     table = Table(title=f"comparison · {comparison.name}", title_justify="left")
-    for column in ("method", "accuracy", "balanced accuracy", "AUROC", "rounds", "MB up", "MB down", "seconds"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    for column in ("method", "accuracy", "balanced", "AUROC", "rounds", "MB up", "MB down", "seconds"):
+        table.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
     for line in comparison.lines:
         table.add_row(
             line.method,

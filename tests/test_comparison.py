@@ -50,6 +50,13 @@ def test_one_seed_shows_intervals_and_several_show_deviations() -> None:
     assert "0.3000 ± 0.1000" in printed(whole)
 
 
+def test_a_narrow_screen_shows_every_figure_whole() -> None:
+    out = io.StringIO()
+    Console(file=out, width=80).print(comparison_table(comparison(0.2, 10)))
+    assert "…" not in out.getvalue()
+    assert "[0.1000," in out.getvalue()
+
+
 def test_the_plot_has_a_bar_a_method_and_a_curve_a_federated_one() -> None:
     found = comparison(0.2, 10)
     figure = comparison_plot({line.method: line.scores for line in found.lines}, found.curves)
