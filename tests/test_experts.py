@@ -154,7 +154,7 @@ def test_classifiers_and_experts_are_compared_on_the_same_images() -> None:
 
     experts = {f"client-{k}": skilled(1.5) for k in range(5)}
     classifier = skilled(1.0)
-    found = compare({"fedfactory": classifier}, experts, labels, 0, {})
+    found = compare({"fedfactory": classifier}, experts, {}, labels, 0, {})
     assert list(found.evaluations) == ["fedfactory", "product", "mixture"]
     assert list(found.experts) == list(experts)
     lone = [float((logits.argmax(1).numpy() == labels).mean()) for logits in experts.values()]
@@ -169,5 +169,5 @@ def test_classifiers_and_experts_are_compared_on_the_same_images() -> None:
 
 
 def test_without_experts_nothing_is_combined() -> None:
-    found = compare({"fedfactory": some_logits(1, 9, 3, 0)[0]}, {}, np.arange(9) % 3, 0, {})
+    found = compare({"fedfactory": some_logits(1, 9, 3, 0)[0]}, {}, {}, np.arange(9) % 3, 0, {})
     assert (list(found.evaluations), found.experts, found.differences) == (["fedfactory"], {}, {})

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -30,8 +28,8 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def head(tmp_path: Path) -> Iterator[dict[str, str]]:
-    """A head as `ray start --head` makes it; yields the environment of its users."""
+def head(tmp_path: Path) -> Iterator[tuple[dict[str, str], Path]]:
+    """A head as `ray start --head` makes it; yields the environment of its users, and the folder of its session."""
     address, dashboard = free_port(), free_port()
     token = tmp_path / "token"
     token.write_text("0123456789abcdef0123456789abcdef")
@@ -60,15 +58,16 @@ def head(tmp_path: Path) -> Iterator[dict[str, str]]:
                     break
             assert process.poll() is None, process.communicate()[0]
             time.sleep(0.1)
-        yield environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        yield environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}, temporary / "session_latest"
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(30)
+        process.terminate()
+        process.communicate(timeout=120)
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def test_a_submitted_job_is_read_back_from_mlflow(head: dict[str, str], tmp_path: Path) -> None:
-    data = write_npz(tmp_path / "stripes.npz", n=30)
+def test_a_submitted_job_is_read_back_from_mlflow(head: tuple[dict[str, str], Path], tmp_path: Path) -> None:
+    environment, session = head
+    data = write_npz(tmp_path / "stripes.npz")
     work = tmp_path / "work"
     shutil.copytree(ROOT, work, ignore=shutil.ignore_patterns(".git", ".venv", "*_cache", "__pycache__"))
     (work / "runs").mkdir(exist_ok=True)
@@ -78,17 +77,19 @@ def test_a_submitted_job_is_read_back_from_mlflow(head: dict[str, str], tmp_path
     places = ["--storage.uri", str(tmp_path / "shared"), "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
 
     refused = subprocess.run(
-        command, cwd=work, env=head | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True, check=False
+        command, cwd=work, env=environment | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True, check=False
     )
     assert refused.returncode != 0
     assert "uthenticat" in refused.stdout + refused.stderr
 
-    submitted = subprocess.run(command + places, cwd=work, env=head, capture_output=True, text=True, check=False)
+    submitted = subprocess.run(command + places, cwd=work, env=environment, capture_output=True, text=True, check=False)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "accuracy, fedfactory" in submitted.stdout
     assert "succeeded" in submitted.stdout
-    (uploaded,) = re.findall(r"Package gcs://\S+ \(([\d.]+)MiB\)", submitted.stdout + submitted.stderr) or [""]
-    assert float(uploaded) < 1
+    (package,) = (session / "runtime_resources" / "working_dir_files").glob("_ray_pkg_*/")
+    uploaded = [path for path in package.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
+    assert package / "jobs" / "run.py" in uploaded
+    assert sum(path.stat().st_size for path in uploaded) < MAX_UPLOAD
 
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = [run for run in client.search_runs(["1"]) if "mlflow.parentRunId" not in run.data.tags]
