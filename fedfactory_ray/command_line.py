@@ -10,9 +10,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import CliApp
+from rich.console import Console
 
 from fedfactory_ray.config import Config, merge
-from fedfactory_ray.errors import ConfigError
+from fedfactory_ray.errors import ConfigError, FedFactoryError
 from fedfactory_ray.presets import PRESETS
 
 
@@ -43,8 +44,10 @@ def parse(
     description: str = "",
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
 ) -> tuple[Config, argparse.Namespace]:
-    """Parse a job's command line; returns the config and the other options (`preset`, `config`, `print_config`, the
-    job's own)."""
+    """Parse a job's command line; returns the config and the other options (`preset`, `config`, the job's own).
+
+    `--help` and `--print-config` print and end the process. Raises ConfigError.
+    """
     parser = argparse.ArgumentParser(
         description=description,
         add_help=False,
@@ -57,7 +60,26 @@ def parse(
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("-h", "--help", action=_Help, help="show this help and stop")
     options, overrides = parser.parse_known_args(arguments)
-    return make_config(options.preset, options.config, overrides), options
+    config = make_config(options.preset, options.config, overrides)
+    if options.print_config:
+        print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
+        raise SystemExit(0)
+    if not PRESETS[options.preset].verified:
+        Console().print(f"note: preset {options.preset} has not been run on its hardware yet", highlight=False)
+    return config, options
+
+
+def exit_status(job: Callable[[], None]) -> int:
+    """Run a job; returns its exit status: 0, or 2 for a refusal and 130 for Ctrl-C, told without a traceback."""
+    try:
+        job()
+    except FedFactoryError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        Console(stderr=True).print("Stopped. The same command goes on from here.")
+        return 130
+    return 0
 
 
 class _Help(argparse.Action):

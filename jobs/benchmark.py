@@ -24,8 +24,9 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedfactory_ray.command_line import parse
+from fedfactory_ray.command_line import exit_status, parse
 from fedfactory_ray.config import Config, merge
+from fedfactory_ray.errors import ConfigError
 
 SETTINGS = [("dpmpp", 6), ("dpmpp", 10), ("dpmpp", 20), ("heun", 11), ("heun", 19), ("heun", 35)]
 TINY = {"generator": {"min_steps": 2, "max_steps": 2}}
@@ -290,15 +291,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=500, help="samplers: images a class (default 500)")
 
 
-def main() -> int:
-    """Run the benchmark; returns the exit status."""
+def main() -> None:
+    """Run the benchmark."""
     config, options = parse(description=__doc__ or "", add_arguments=add_arguments)
     if options.what == "samplers" and not options.run:
-        print("samplers needs --run runs/<name>, the folder of a finished run", file=sys.stderr)
-        return 2
+        raise ConfigError(["samplers needs --run runs/<name>, the folder of a finished run"])
     Console().print(MEASUREMENTS[options.what](config, options))
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))

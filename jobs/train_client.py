@@ -16,9 +16,9 @@ import sys
 import numpy as np
 from rich.console import Console
 
-from fedfactory_ray.command_line import parse
+from fedfactory_ray.command_line import exit_status, parse
 from fedfactory_ray.config import Config
-from fedfactory_ray.errors import ConfigError, DataInvalidError, FedFactoryError
+from fedfactory_ray.errors import ConfigError, DataInvalidError
 from fedfactory_ray.progress import bars
 from fedfactory_ray.sections import NAME, PartitionConfig
 from fedfactory_ray.storage import Storage
@@ -38,23 +38,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], help="where to train (default: cuda where there is one)")
 
 
-def main() -> int:
-    """Run the job; returns the exit status."""
-    console = Console()
-    try:
-        config, options = parse(description=__doc__ or "", add_arguments=add_arguments)
-        if not re.fullmatch(NAME, options.client):
-            raise ConfigError([f"--client {options.client!r}: needed letters, digits and ._- (it names a folder)"])
-        data = config.data.model_copy(update={"source": options.data})
-        config = config.model_copy(update={"data": data, "partition": PartitionConfig(), "modules": None})
-        train(config, options, console)
-    except FedFactoryError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
-        return 2
-    except KeyboardInterrupt:
-        Console(stderr=True).print("Stopped. The same command goes on from here.")
-        return 130
-    return 0
+def main() -> None:
+    """Run the job."""
+    config, options = parse(description=__doc__ or "", add_arguments=add_arguments)
+    if not re.fullmatch(NAME, options.client):
+        raise ConfigError([f"--client {options.client!r}: needed letters, digits and ._- (it names a folder)"])
+    data = config.data.model_copy(update={"source": options.data})
+    config = config.model_copy(update={"data": data, "partition": PartitionConfig(), "modules": None})
+    train(config, options, Console())
 
 
 def train(config: Config, options: argparse.Namespace, console: Console) -> None:
@@ -95,4 +86,4 @@ def train(config: Config, options: argparse.Namespace, console: Console) -> None
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status(main))
