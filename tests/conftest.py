@@ -52,3 +52,20 @@ def write_npz(
         arrays[f"{split}_labels"] = labels[:, None].astype(np.uint8)
     np.savez_compressed(path, **(arrays | changes))
     return path
+
+
+@pytest.fixture(scope="session")
+def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small data file."""
+    return write_npz(tmp_path_factory.mktemp("data") / "stripes.npz")
+
+
+@pytest.fixture(scope="session")
+def undisturbed(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Digests of what the small job makes of `stripes` on this machine alone."""
+    from small_runs import finish, start
+
+    folder = tmp_path_factory.mktemp("undisturbed")
+    found = finish(start(folder, stripes), folder)
+    assert len(found) == 6 * 2 + 21 + 1 + 2 + 2
+    return found

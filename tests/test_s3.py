@@ -8,9 +8,8 @@ from pathlib import Path
 
 import boto3
 import pytest
-from conftest import write_npz
 from moto.server import ThreadedMotoServer
-from test_nodes import CONTENT, SMALL, digests, finish, start
+from small_runs import digests, start
 
 from fedfactory_ray.storage import Storage
 
@@ -50,20 +49,16 @@ def test_files_appear_whole_and_go_again(bucket: str) -> None:
     assert storage.names("") == []
 
 
-def test_a_run_in_a_bucket_is_the_run_in_a_folder(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_in_a_bucket_is_the_run_in_a_folder(
+    bucket: str, stripes: Path, undisturbed: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    data = write_npz(tmp_path / "stripes.npz", n=30)
-    (tmp_path / "here").mkdir()
-    (tmp_path / "there").mkdir()
-    partition = {"scheme": "silos"}
-    here = finish(start(tmp_path / "here", data, partition=partition), tmp_path / "here")
-    job = start(tmp_path / "there", data, partition=partition, storage={"uri": f"{bucket}/runs"})
+    job = start(tmp_path, stripes, storage={"uri": f"{bucket}/runs"})
     out, _ = job.communicate(timeout=300)
     assert job.returncode == 0, out
-    assert digests(tmp_path / "there") == {}
-    storage = Storage(f"{bucket}/runs/small")
-    patterns = [pattern.partition("/")[0].partition(".")[0] for pattern in CONTENT]
-    names = [name for name in storage.names("") if name.startswith(tuple(patterns))]
-    assert {name: hashlib.sha256(storage.read(name)).hexdigest() for name in names} == here
-    assert SMALL["name"] in storage.uri
     assert "s3://fedfactory/runs/small" in out
+    assert digests(tmp_path / "runs" / "small") == {}
+    storage = Storage(f"{bucket}/runs/small")
+    assert {name: hashlib.sha256(storage.read(name)).hexdigest() for name in storage.names("")}.items() >= set(
+        undisturbed.items()
+    )

@@ -14,8 +14,7 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
-from conftest import write_npz
-from test_nodes import ROOT, SMALL
+from small_runs import ROOT, SMALL, digests
 
 BIN = Path(sys.executable).parent
 MAX_UPLOAD = 2**20
@@ -65,14 +64,15 @@ def head(tmp_path: Path) -> Iterator[tuple[dict[str, str], Path]]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def test_a_submitted_job_is_read_back_from_mlflow(head: tuple[dict[str, str], Path], tmp_path: Path) -> None:
+def test_a_submitted_job_is_read_back_from_mlflow(
+    head: tuple[dict[str, str], Path], stripes: Path, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     environment, session = head
-    data = write_npz(tmp_path / "stripes.npz")
     work = tmp_path / "work"
     shutil.copytree(ROOT, work, ignore=shutil.ignore_patterns(".git", ".venv", "*_cache", "__pycache__"))
     (work / "runs").mkdir(exist_ok=True)
     (work / "runs" / "big.bin").write_bytes(os.urandom(2 * MAX_UPLOAD))  # ignored by .gitignore
-    (work / "small.yaml").write_text(yaml.safe_dump(SMALL | {"data": {"source": str(data)}}))
+    (work / "small.yaml").write_text(yaml.safe_dump(SMALL | {"data": {"source": str(stripes)}}))
     command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/run.py", "--config", "small.yaml"]
     places = ["--storage.uri", str(tmp_path / "shared"), "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
 
@@ -95,4 +95,4 @@ def test_a_submitted_job_is_read_back_from_mlflow(head: tuple[dict[str, str], Pa
     (run,) = [run for run in client.search_runs(["1"]) if "mlflow.parentRunId" not in run.data.tags]
     assert run.info.status == "FINISHED"
     assert 0 <= run.data.metrics["accuracy"] <= 1
-    assert (tmp_path / "shared" / "small" / "evaluation.json").exists()
+    assert digests(tmp_path / "shared" / "small") == undisturbed

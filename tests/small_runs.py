@@ -1,0 +1,68 @@
+"""The main job as other processes run it, small: started, waited for, and what it made."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SMALL: dict[str, Any] = {
+    "name": "small",
+    "baselines": ["none"],
+    "generator": {"channels": [8, 16], "min_steps": 60, "max_steps": 60, "batch_size": 16, "precision": "fp32"},
+    "sampler": {"evaluations": 4},
+    "synthesis": {"images_per_class": 48, "batch_size": 8, "unit_size": 8},
+    "classifier": {"epochs": 4, "batch_size": 16, "checkpoint_every": 1},
+    "resources": {"classifier": {"threads": 1}},
+    "partition": {"scheme": "skew", "counts": [[30, 0, 10], [0, 25, 0], [10, 15, 30]]},
+    "storage": {"checkpoint_seconds": 0.2},
+}
+CONTENT = ("modules/**/*.*", "synthetic/**/*.parquet", "manifest.json", "classifier/**/*.*", "partition.*")
+
+
+def start(folder: Path, data: Path, **changes: Any) -> subprocess.Popen[str]:
+    """jobs/run.py on the cluster that RAY_ADDRESS names, else on this machine."""
+    config = SMALL | {"data": {"source": str(data)}} | changes
+    (folder / "small.yaml").write_text(yaml.safe_dump(config))
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / "run.py"), "--config", "small.yaml"],
+        cwd=folder,
+        env={k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background jobs
+    )
+
+
+def finish(job: subprocess.Popen[str], folder: Path) -> dict[str, str]:
+    """Digests of what the job made, by file."""
+    out, _ = job.communicate(timeout=300)
+    assert job.returncode == 0, out
+    return digests(folder / "runs" / "small")
+
+
+def digests(run: Path) -> dict[str, str]:
+    """Digests of what a run made, by file."""
+    files = [path for pattern in CONTENT for path in run.glob(pattern) if path.is_file()]
+    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def wait_for(happened: Callable[[], Any], job: subprocess.Popen[str]) -> Any:
+    """What `happened` returns, once it is true; fails when the job has ended before."""
+    for _ in range(6000):
+        found = happened()
+        if found:
+            return found
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.02)
+    raise AssertionError("it did not happen in 120 s")
