@@ -5,8 +5,12 @@ A test names `hooks.watch` as Ray's worker_process_setup_hook and sets HOOK_LOG 
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import sys
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any
 
 
@@ -19,22 +23,49 @@ def note(**facts: Any) -> None:
         log.write(line)
 
 
-def watch() -> None:
-    """Watch sources and devices in this process."""
-    import torch
+def watch_sources(sources: ModuleType) -> None:
+    """Note every array that this process reads."""
+    read = sources.ArrayFile._read
 
-    from fedfactory_ray import devices
-    from fedfactory_ray.data.sources import ArrayFile
-
-    read = ArrayFile._read
-
-    def watched_read(self: ArrayFile, *arguments: Any) -> Any:
+    def watched_read(self: Any, *arguments: Any) -> Any:
         note(opened=self.path, key=arguments[0])
         return read(self, *arguments)
 
-    def watched_device(gpu_ids: list[int] | list[str]) -> torch.device:
-        note(gpus=list(map(str, gpu_ids)), visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
-        return torch.device("cpu")
+    sources.ArrayFile._read = watched_read  # type: ignore[attr-defined]
 
-    ArrayFile._read = watched_read  # type: ignore[method-assign]
-    devices.assigned_device = watched_device
+
+def watch_devices(devices: ModuleType) -> None:
+    """Note the GPUs that this process is given, and compute on the CPU."""
+
+    def watched_device(gpu_ids: list[int] | list[str]) -> Any:
+        note(gpus=list(map(str, gpu_ids)), visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
+        return devices.torch.device("cpu")
+
+    devices.assigned_device = watched_device  # type: ignore[attr-defined]
+
+
+class AfterImport:
+    """Calls a function with a module as soon as it is imported, so that processes which do not need it start fast."""
+
+    def __init__(self, functions: dict[str, Callable[[ModuleType], None]]) -> None:
+        self.functions = functions
+
+    def find_spec(self, name: str, *_: Any) -> Any:
+        """Part of Python's protocol for sys.meta_path."""
+        function = self.functions.pop(name, None)
+        spec = importlib.util.find_spec(name) if function else None
+        if function and spec and spec.loader:
+            execute = spec.loader.exec_module
+
+            def execute_and_call(module: ModuleType) -> None:
+                execute(module)
+                function(module)
+
+            spec.loader.exec_module = execute_and_call  # type: ignore[method-assign]
+        return spec
+
+
+def watch() -> None:
+    """Watch sources and devices in this process."""
+    functions = {"fedfactory_ray.data.sources": watch_sources, "fedfactory_ray.devices": watch_devices}
+    sys.meta_path.insert(0, AfterImport(functions))  # type: ignore[arg-type]
