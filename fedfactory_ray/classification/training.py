@@ -198,8 +198,10 @@ def _fit_on_worker(settings: dict[str, Any]) -> None:
     for epoch in fit.epochs(training, validation):
         if rank == 0:
             settings["queue"].put(epoch)
-        due = epoch.epoch % config.classifier.checkpoint_every == 0 or epoch.epoch == epoch.epochs
-        if due and rank == 0:
+        # A report waits until the controller polls, every 2 s: only checkpoints are worth that.
+        if epoch.epoch % config.classifier.checkpoint_every and epoch.epoch != epoch.epochs:
+            continue
+        if rank == 0:
             with tempfile.TemporaryDirectory() as folder:
                 fit.save(folder)
                 ray.train.report(asdict(epoch), checkpoint=ray.train.Checkpoint.from_directory(folder))
