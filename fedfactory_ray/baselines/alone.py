@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import ray
 
+from fedfactory_ray.classification.card import verified_card
 from fedfactory_ray.config import Config
 from fedfactory_ray.sections import ClassifierConfig
 from fedfactory_ray.storage import Storage
@@ -67,9 +68,7 @@ def fit_alone(federation: Federation, listen: Callable[[int], None]) -> list[Alo
 def stored_alone(storage: Storage, client: str, fingerprint: str) -> Alone | None:
     """The client's classifier of an earlier start, if it was made by these settings and verifies."""
     folder = f"classifier/local-{client}"
-    if not storage.exists(f"{folder}/card.json") or not storage.exists(f"{folder}/model.safetensors"):
-        return None
-    card = storage.read_json(f"{folder}/card.json")
-    if card["fingerprint"] != fingerprint or card["sha256"] != storage.sha256(f"{folder}/model.safetensors"):
+    card = verified_card(storage, folder, fingerprint)
+    if card is None:
         return None
     return Alone(client, folder, card["sha256"], card["epoch"])

@@ -15,6 +15,7 @@ import ray
 from fedfactory_ray.baselines.client import FederatedClient, Server, Sizes, Trained
 from fedfactory_ray.baselines.interface import Method
 from fedfactory_ray.baselines.learner import Judgement, held_back
+from fedfactory_ray.classification.card import verified_card
 from fedfactory_ray.classification.models import Task
 from fedfactory_ray.cluster import Worker
 from fedfactory_ray.config import Config
@@ -271,9 +272,7 @@ class Federation:
 
 def stored_method(storage: Storage, folder: str, fingerprint: str) -> Federated | None:
     """The finished method in `folder`, if it was made by these settings and verifies."""
-    if not storage.exists(f"{folder}/card.json") or not storage.exists(f"{folder}/model.safetensors"):
-        return None
-    card = storage.read_json(f"{folder}/card.json")
-    if card["fingerprint"] != fingerprint or card["sha256"] != storage.sha256(f"{folder}/model.safetensors"):
+    card = verified_card(storage, folder, fingerprint)
+    if card is None:
         return None
     return Federated(folder, card["sha256"], card["chosen"], [Round(**line) for line in card["history"]])

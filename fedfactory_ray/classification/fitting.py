@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from fedfactory_ray.classification.augment import augment_batch
 from fedfactory_ray.classification.batches import Batches
+from fedfactory_ray.classification.card import WEIGHTS
 from fedfactory_ray.classification.models import Task, make_classifier
 from fedfactory_ray.data.transforms import to_tensor
 from fedfactory_ray.devices import autocast, resolve_precision, seed_process
@@ -21,7 +22,6 @@ from fedfactory_ray.sections import ClassifierConfig
 from fedfactory_ray.seeds import derive_seed
 
 WARMUP = 0.05
-WEIGHTS = "model.safetensors"
 PROGRESS = "fit.json"
 
 

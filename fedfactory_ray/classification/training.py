@@ -18,7 +18,8 @@ import ray.train.torch
 from ray.util.queue import Queue
 
 from fedfactory_ray.classification.batches import Batches, HeldBatches, StreamedBatches, keep_side
-from fedfactory_ray.classification.fitting import WEIGHTS, Epoch
+from fedfactory_ray.classification.card import WEIGHTS, verified_card
+from fedfactory_ray.classification.fitting import Epoch
 from fedfactory_ray.classification.models import Task
 from fedfactory_ray.classification.rows import Rows, read_table
 from fedfactory_ray.cluster import Worker
@@ -134,10 +135,8 @@ def _read(checkpoint: Any, name: str) -> bytes:
 
 def _stored(storage: Storage, folder: str, fingerprint: str) -> Classifier | None:
     """The classifier in `folder`, if it was made by this recipe from these rows and verifies."""
-    if not storage.exists(f"{folder}/card.json") or not storage.exists(f"{folder}/{WEIGHTS}"):
-        return None
-    card = storage.read_json(f"{folder}/card.json")
-    if card["fingerprint"] != fingerprint or card["sha256"] != storage.sha256(f"{folder}/{WEIGHTS}"):
+    card = verified_card(storage, folder, fingerprint)
+    if card is None:
         return None
     history = [Epoch(**epoch) for epoch in card["history"]]
     return Classifier(folder, card["sha256"], card["epoch"], card["validation_accuracy"], history)

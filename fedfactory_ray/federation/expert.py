@@ -15,7 +15,8 @@ import numpy as np
 import safetensors.torch
 
 from fedfactory_ray.classification.batches import BalancedBatches, Group, keep_side
-from fedfactory_ray.classification.fitting import PROGRESS, WEIGHTS, Epoch, Fit
+from fedfactory_ray.classification.card import WEIGHTS, verified_card
+from fedfactory_ray.classification.fitting import PROGRESS, Epoch, Fit
 from fedfactory_ray.classification.models import Task
 from fedfactory_ray.config import Config
 from fedfactory_ray.data.source import Source
@@ -189,10 +190,8 @@ def fit_expert(
 def stored_expert(config: Config, assignment: Assignment, storage: Storage) -> Expert | None:
     """The expert of an earlier start, if it was fitted on the same by the same recipe and verifies."""
     folder = expert_folder(assignment.client)
-    if not storage.exists(f"{folder}/card.json") or not storage.exists(f"{folder}/{WEIGHTS}"):
-        return None
-    card = storage.read_json(f"{folder}/card.json")
-    if card["fingerprint"] != assignment.fingerprint(config) or card["sha256"] != storage.sha256(f"{folder}/{WEIGHTS}"):
+    card = verified_card(storage, folder, assignment.fingerprint(config))
+    if card is None:
         return None
     return Expert(**card | {"history": tuple(Epoch(**epoch) for epoch in card["history"])})
 
