@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedfactory_ray import pipeline, plots, tracking
-from fedfactory_ray.config import METHOD, Config
+from fedfactory_ray.config import METHOD, PRODUCT, Config
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.progress import bars
 from fedfactory_ray.report import partition_table
@@ -22,9 +22,13 @@ from fedfactory_ray.tracking import ClientRun, Run
 
 if TYPE_CHECKING:
     from fedfactory_ray.baselines.rounds import Federated, Federation, Round
+    from fedfactory_ray.federation.ensemble import Experts
+    from fedfactory_ray.pipeline import Modules
+    from fedfactory_ray.synthesis.synthesize import Shard
 
-CENTRALISED, LOCAL, FACTORY = "centralised", "local", METHOD
+CENTRALISED, LOCAL, FACTORY, FACTORY_II = "centralised", "local", METHOD, f"{METHOD}-ii"
 ENSEMBLE, MEAN, BEST = "local, ensemble", "local, mean", "local, best on test"
+LONE = f"{FACTORY_II}, lone experts, mean"
 COMPARED = ("accuracy", "balanced_accuracy", "auroc")
 
 
@@ -45,19 +49,21 @@ class Line:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What a comparison on one seed, or over several, tells; `curves` are validation accuracies by round."""
+    """What a comparison on one seed, or over several, tells; `curves` are validation accuracies by round. Architecture
+    II's line is without the experts of the clients `missing`."""
 
     name: str
     storage: str
     lines: list[Line]
     curves: dict[str, list[float]]
+    missing: tuple[str, ...] = ()
 
 
 def method_names() -> list[str]:
     """All methods, in the order of the table."""
     from fedfactory_ray.baselines.methods import METHODS
 
-    return [CENTRALISED, LOCAL, *METHODS, FACTORY]
+    return [CENTRALISED, LOCAL, *METHODS, FACTORY, FACTORY_II]
 
 
 def compare(config: Config, methods: Sequence[str], seeds: int, console: Console) -> Comparison:
@@ -94,13 +100,18 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
         folders: dict[str, str] = {}
         lines: dict[str, Line] = {}
         runs = {method: session.run.child(method) for method in method_names() if method in methods}
-        federated = [method for method in runs if method not in (FACTORY, CENTRALISED, LOCAL)]
+        federated = [method for method in runs if method not in (FACTORY, FACTORY_II, CENTRALISED, LOCAL)]
         if federated or LOCAL in methods:
             from fedfactory_ray.baselines.rounds import Federation, check
 
             check(config, session.partition)
-        if FACTORY in methods:
-            lines[FACTORY], folders[FACTORY] = run_factory(session)
+        experts = None
+        if FACTORY in methods or FACTORY_II in methods:
+            modules, manifest = make_images(session)
+            if FACTORY in methods:
+                lines[FACTORY], folders[FACTORY] = run_factory(session, modules, manifest)
+            if FACTORY_II in methods:
+                lines[FACTORY_II], experts = run_experts(session, modules, manifest)
         if CENTRALISED in methods:
             lines[CENTRALISED], folders[CENTRALISED] = run_centralised(session)
         curves, alone = {}, []
@@ -115,31 +126,45 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
                 lines[method], folders[method] = federated_line(method, done.history), done.folder
                 curves[method] = [r.validation_accuracy for r in done.history]
             ending.close()  # its actors make room for the test
-        scores = evaluate(session, folders, alone)
+        scores = evaluate(session, folders, alone, experts)
         seconds = session.longest
         lines |= {
             name: Line(name, {}, None, 0, 0, seconds["local"]) for name in (MEAN, BEST, ENSEMBLE) if LOCAL in methods
         }
-        order = [CENTRALISED, MEAN, BEST, ENSEMBLE, *federated, FACTORY]
+        if experts is not None:
+            lines[LONE] = replace(lines[FACTORY_II], method=LONE)
+        order = [CENTRALISED, MEAN, BEST, ENSEMBLE, *federated, FACTORY, LONE, FACTORY_II]
         found = [replace(lines[name], scores=scores[name]) for name in order if name in lines]
-        comparison = Comparison(session.name, session.storage.uri, found, curves)
+        missing = tuple(experts.missing) if experts else ()
+        comparison = Comparison(session.name, session.storage.uri, found, curves, missing)
         session.storage.write_json("comparison.json", [vars(line) for line in found])
         log_comparison(session.run, {ENSEMBLE: runs[LOCAL], **runs} if LOCAL in runs else runs, comparison)
     return comparison
 
 
-def run_factory(session: Session) -> tuple[Line, str]:
-    """FederatedFactory's Architecture I, as `jobs/run.py` runs it."""
+def make_images(session: Session) -> tuple[Modules, list[Shard]]:
+    """The modules and the synthetic data set that both architectures share."""
     client_runs: dict[str, ClientRun] = {}
     modules = pipeline.train_modules(session, client_runs)
     for client_run in client_runs.values():
         client_run.flush().end()
-    manifest = pipeline.draw_images(session, modules)
+    return modules, pipeline.draw_images(session, modules)
+
+
+def run_factory(session: Session, modules: Modules, manifest: list[Shard]) -> tuple[Line, str]:
+    """FederatedFactory's Architecture I, as `jobs/run.py` runs it."""
     rows = pipeline.synthetic_rows(session, manifest)
     classifier = pipeline.fit_classifier(session, FACTORY, rows, pipeline.make_task(session))
-    phases = ("modules", "synthesis", f"classifier ({FACTORY})")
-    seconds = sum(session.longest[phase] for phase in phases)
+    seconds = sum(session.longest[phase] for phase in ("modules", "synthesis", f"classifier ({FACTORY})"))
     return Line(FACTORY, {}, 1, pipeline.uploaded_bytes(modules), 0, seconds), classifier.folder
+
+
+def run_experts(session: Session, modules: Modules, manifest: list[Shard]) -> tuple[Line, Experts]:
+    """FederatedFactory's Architecture II: up go modules and experts, down the other clients' modules."""
+    experts = pipeline.fit_experts(session, modules, manifest, pipeline.make_task(session))
+    weights = sum(session.storage.size(f"{folder}/model.safetensors") for folder in experts.folders.values())
+    seconds = sum(session.longest[phase] for phase in ("modules", "synthesis", "experts"))
+    return Line(FACTORY_II, {}, 1, pipeline.uploaded_bytes(modules) + weights, experts.downlink_bytes, seconds), experts
 
 
 def run_centralised(session: Session) -> tuple[Line, str]:
@@ -199,7 +224,9 @@ def federated_line(method: str, history: Sequence[Round]) -> Line:
     return Line(method, {}, len(history), up, down, seconds)
 
 
-def evaluate(session: Session, folders: dict[str, str], alone: list[str]) -> dict[str, dict[str, float]]:
+def evaluate(
+    session: Session, folders: dict[str, str], alone: list[str], experts: Experts | None
+) -> dict[str, dict[str, float]]:
     """Scores by line of the table; the test split is read here, once."""
     from fedfactory_ray.classification.prediction import TestResult, evaluate_on_test
 
@@ -212,7 +239,7 @@ def evaluate(session: Session, folders: dict[str, str], alone: list[str]) -> dic
                 worker.resources,
                 session.storage,
                 folders,
-                {},
+                experts.folders if experts else {},
                 1,
                 {ENSEMBLE: alone} if alone else {},
             )
@@ -221,8 +248,16 @@ def evaluate(session: Session, folders: dict[str, str], alone: list[str]) -> dic
     if alone:
         ranked = sorted((scores.pop(name) for name in alone), key=lambda each: each["accuracy"])
         scores[BEST] = ranked[-1]
-        scores[MEAN] = {score: float(np.mean([each[score] for each in ranked])) for score in COMPARED}
+        scores[MEAN] = mean(ranked)
+    if experts:
+        scores[FACTORY_II] = scores[PRODUCT]
+        scores[LONE] = mean([evaluation.scalars() for evaluation in result.experts.values()])
     return scores
+
+
+def mean(scores: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Mean of each of the compared scores."""
+    return {score: float(np.mean([each[score] for each in scores])) for score in COMPARED}
 
 
 def over_seeds(found: Sequence[Comparison]) -> Comparison:
@@ -239,7 +274,9 @@ def over_seeds(found: Sequence[Comparison]) -> Comparison:
                 *(float(np.mean([getattr(line, k) for line in same])) for k in ("bytes_up", "bytes_down", "seconds")),
             )
         )
-    return Comparison(f"{found[0].name}-and-{len(found) - 1}-more-seeds", found[0].storage, lines, found[0].curves)
+    name = f"{found[0].name}-and-{len(found) - 1}-more-seeds"
+    missing = tuple(f"{client} ({comparison.name})" for comparison in found for client in comparison.missing)
+    return Comparison(name, found[0].storage, lines, found[0].curves, missing)
 
 
 def score_text(scores: dict[str, float], score: str) -> str:
@@ -266,6 +303,8 @@ def comparison_table(comparison: Comparison) -> Table:
             f"{line.bytes_down / 1e6:.2f}",
             f"{line.seconds:.0f}",
         )
+    if comparison.missing:
+        table.caption = f"{FACTORY_II} is without the experts of {', '.join(comparison.missing)}"
     return table
 
 

@@ -52,7 +52,7 @@ def run(config: Config, console: Console) -> Report:
             method: fit_classifier(session, method, rows, task)
             for method, rows in training_rows(session, manifest).items()
         }
-        experts = fit_experts(session, modules, manifest, task)
+        experts = None if config.architecture == "centralised" else fit_experts(session, modules, manifest, task)
         result, drawn = evaluate(session, task, manifest, classifiers, experts)
         models = log_results(session, task, modules, manifest, classifiers, experts, result, drawn, client_runs)
     return Report(
@@ -62,14 +62,14 @@ def run(config: Config, console: Console) -> Report:
         models=models,
         modules=len(modules),
         uploaded_bytes=uploaded_bytes(modules),
-        downlink_bytes=sum(expert.downlink_bytes for expert in experts.fitted.values()),
+        downlink_bytes=experts.downlink_bytes if experts else 0,
         synthetic_images=sum(shard.n for shard in manifest),
         seconds=session.seconds,
         main=config.main_method,
         evaluations=result.evaluations,
         experts=result.experts,
         differences=result.differences,
-        missing=experts.missing,
+        missing=experts.missing if experts else {},
     )
 
 
@@ -180,14 +180,12 @@ def fit_classifier(session: Session, method: str, rows: Rows, task: Task) -> Cla
 
 
 def fit_experts(session: Session, modules: Modules, manifest: list[Shard], task: Task) -> Experts:
-    """Every client fits its expert, side by side; curves are logged as they grow. None in Architecture I."""
+    """Every client fits its expert, side by side; curves are logged as they grow."""
     from fedfactory_ray.classification.fitting import Epoch
     from fedfactory_ray.federation import ensemble
     from fedfactory_ray.federation.expert import Expert, assign
 
     config, partition = session.config, session.partition
-    if config.architecture == "centralised":
-        return ensemble.Experts({}, {})
     cards = [handle.card for handle in modules.values()]
     assignments = [assign(config, client, share, manifest, cards, task) for client, share in partition.shares.items()]
     children: dict[str, Curves] = {}
@@ -225,7 +223,7 @@ def fit_experts(session: Session, modules: Modules, manifest: list[Shard], task:
 
 
 def evaluate(
-    session: Session, task: Task, manifest: list[Shard], classifiers: dict[str, Classifier], experts: Experts
+    session: Session, task: Task, manifest: list[Shard], classifiers: dict[str, Classifier], experts: Experts | None
 ) -> tuple[TestResult, dict[tuple[str, int], np.ndarray]]:
     """The test split is read once, for all classifiers and experts; some images of each module come along."""
     from fedfactory_ray.classification.prediction import evaluate_on_test
@@ -239,13 +237,13 @@ def evaluate(
             worker.resources,
             session.storage,
             {method: classifier.folder for method, classifier in classifiers.items()},
-            {client: expert.folder for client, expert in experts.fitted.items()},
+            experts.folders if experts else {},
             plots.GRID_COLUMNS,
         )
         drawn = previews.remote(session.storage, manifest, task.image_shape, plots.GRID_COLUMNS)
         tested, shown = ray.get([result, drawn])
     figures: dict[str, object] = {m: e.scalars() for m, e in tested.evaluations.items()}
-    if experts.fitted:
+    if experts:
         figures["experts"] = {client: e.scalars() for client, e in tested.experts.items()}
         figures["missing_experts"] = experts.missing
         figures["product_less"] = {m: vars(difference) for m, difference in tested.differences.items()}
@@ -259,7 +257,7 @@ def log_results(
     modules: Modules,
     manifest: list[Shard],
     classifiers: dict[str, Classifier],
-    experts: Experts,
+    experts: Experts | None,
     result: TestResult,
     drawn: dict[tuple[str, int], np.ndarray],
     client_runs: dict[str, ClientRun],
@@ -281,7 +279,7 @@ def log_results(
         run.json([vars(card) for card in cards], "modules.json")
         models = log_models(session, task, classifiers, experts, np.concatenate(list(result.examples.values())))
         run.metrics(result.evaluations[session.config.main_method].scalars())
-        downlink = sum(expert.downlink_bytes for expert in experts.fitted.values())
+        downlink = experts.downlink_bytes if experts else 0
         run.metrics({"uploaded_bytes": uploaded_bytes(modules), "downlink_bytes": downlink})
         run.metrics({"synthetic_images": images, "modules": len(modules)})
     run.metrics({f"seconds/{k}".replace("(", "").replace(")", ""): v for k, v in session.seconds.items()})
@@ -307,7 +305,7 @@ def log_evaluation(session: Session, result: TestResult) -> None:
 
 
 def log_models(
-    session: Session, task: Task, classifiers: dict[str, Classifier], experts: Experts, examples: np.ndarray
+    session: Session, task: Task, classifiers: dict[str, Classifier], experts: Experts | None, examples: np.ndarray
 ) -> dict[str, str]:
     """The classifier of Architecture I and the product of Architecture II, each as one model; returns their URIs."""
     from fedfactory_ray.classification.models import Predictor
@@ -322,7 +320,7 @@ def log_models(
     if METHOD in classifiers:
         predictor = Predictor(load(classifiers[METHOD].folder))
         models["classifier"] = run.model("classifier", predictor, examples, {"sha256": classifiers[METHOD].sha256})
-    if experts.fitted:
+    if experts:
         ensemble = Ensemble(load(expert.folder) for expert in experts.fitted.values())
         digests = {client: expert.sha256 for client, expert in experts.fitted.items()}
         models["ensemble"] = run.model("ensemble", ensemble, examples, {"experts": digests, "missing": experts.missing})

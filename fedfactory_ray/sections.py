@@ -323,7 +323,7 @@ class ResourcesConfig(Section):
     """A client's actor."""
     synthesis: WorkerResources = WorkerResources()
     """A synthesis actor."""
-    classifier: WorkerResources = WorkerResources(threads=2)
+    classifier: WorkerResources = WorkerResources()
     """A Ray Train worker."""
     classifier_workers: int = Field(1, ge=1)
     """Number of Ray Train workers; part of what determines the classifier."""

@@ -81,6 +81,10 @@ class Storage:
             if name.endswith(TEMPORARY):
                 self.filesystem.delete_file(self.path(name))
 
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+        return int(self.filesystem.get_file_info(self.path(name)).size)
+
     def sha256(self, name: str) -> str:
         """SHA-256 of a file, read in pieces."""
         with self.filesystem.open_input_stream(self.path(name)) as stream:

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         nargs="+",
         metavar="NAME",
-        help="of centralised, local, fedavg, fedprox, scaffold, feddyn, fedfactory; default: all",
+        help="of centralised, local, fedavg, fedprox, scaffold, feddyn, fedfactory, fedfactory-ii; default: all",
     )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with N seeds, from --seed on")
 

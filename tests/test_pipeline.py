@@ -309,21 +309,24 @@ def test_run_names_follow_the_settings_that_matter() -> None:
 
 def test_the_comparison_goes_on_from_the_runs_folder(finished: Finished, folder: Path) -> None:
     """Last of the tests on this run: it adds to the run's folder and to the store."""
-    from fedfactory_ray.comparison import BEST, ENSEMBLE, MEAN, compare
+    from fedfactory_ray.comparison import BEST, ENSEMBLE, LONE, MEAN, compare
     from fedfactory_ray.sections import FederatedConfig
 
     federated = FederatedConfig(rounds=2, local_epochs=1, validation_every=5)
     config = finished.config.model_copy(update={"federated": federated})
-    methods, out = ["fedfactory", "centralised", "local", "scaffold"], io.StringIO()
+    methods, out = ["fedfactory", "fedfactory-ii", "centralised", "local", "scaffold"], io.StringIO()
     patterns = ("modules/**/*", "synthetic/**/*", "classifier/**/*")
     before = {p: p.stat().st_mtime_ns for pattern in patterns for p in finished.folder.glob(pattern) if p.is_file()}
     found = compare(config, methods, 1, Console(file=out, width=160))
     assert {path: path.stat().st_mtime_ns for path in before} == before
     lines = {line.method: line for line in found.lines}
-    assert list(lines) == ["centralised", MEAN, BEST, ENSEMBLE, "scaffold", "fedfactory"]
+    assert list(lines) == ["centralised", MEAN, BEST, ENSEMBLE, "scaffold", "fedfactory", LONE, "fedfactory-ii"]
     for method, evaluation in finished.report.evaluations.items():
         assert lines[method].scores == evaluation.scalars()
     assert lines["fedfactory"].bytes_up == finished.report.uploaded_bytes
+    experts = sum(path.stat().st_size for path in finished.folder.glob("experts/*/model.safetensors"))
+    assert lines["fedfactory-ii"].bytes_up == finished.report.uploaded_bytes + experts > lines["fedfactory"].bytes_up
+    assert lines["fedfactory-ii"].bytes_down > 0
     assert lines["centralised"].bytes_up == 120 * 64
     assert lines["scaffold"].rounds == 2
     assert lines["scaffold"].bytes_up > lines["scaffold"].bytes_down / 2 > 0

@@ -25,6 +25,16 @@ class Experts:
     fitted: dict[str, Expert]
     missing: dict[str, str]
 
+    @property
+    def folders(self) -> dict[str, str]:
+        """Where each client's expert lies in a run's storage."""
+        return {client: expert.folder for client, expert in self.fitted.items()}
+
+    @property
+    def downlink_bytes(self) -> int:
+        """Bytes that the clients receive together."""
+        return sum(expert.downlink_bytes for expert in self.fitted.values())
+
 
 def fit_experts(
     config: Config, assignments: list[Assignment], worker: Worker, storage: Storage, listen: Listener
