@@ -12,7 +12,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import CliApp
 from rich.console import Console
 
-from fedfactory_ray.config import Config, merge
+from fedfactory_ray.config import SETTINGS, Config, merge
 from fedfactory_ray.errors import ConfigError, FedFactoryError
 from fedfactory_ray.presets import PRESETS
 
@@ -33,10 +33,29 @@ def make_config(preset: str = "digits", file: str | None = None, overrides: Sequ
         if not isinstance(loaded, dict):
             raise ConfigError([f"{file}: found a {type(loaded).__name__}, needed sections such as `generator:`"])
         values = merge(values, loaded)
+    return _combine(values, overrides)
+
+
+def _combine(values: dict[str, Any], overrides: Sequence[str]) -> Config:
     try:
         return CliApp.run(Config, cli_args=list(overrides), **values)
     except ValidationError as error:
         raise ConfigError([_explain(problem) for problem in error.errors()]) from error
+
+
+def stored_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """The config of the run `name`, as its last start left it in storage, with dotted overrides.
+
+    Where it lies is told by the overrides (`--storage.uri`), not by what is stored. Raises ConfigError.
+    """
+    from fedfactory_ray.storage import Storage
+
+    uri = make_config(overrides=overrides).storage.uri
+    storage = Storage(uri).within(name)
+    if not storage.exists(SETTINGS):
+        raise ConfigError([f"{storage.uri} holds no run: {SETTINGS} is missing; --storage.uri tells where runs lie"])
+    values = merge(storage.read_json(SETTINGS), {"name": name, "storage": {"uri": uri}})
+    return _combine(values, overrides)
 
 
 def parse(

@@ -87,7 +87,7 @@ def compare(config: Config, methods: Sequence[str], seeds: int, console: Console
     if seeds == 1:
         return found[0]
     whole = over_seeds(found)
-    run = tracking.start_run(config, whole.name)
+    run = tracking.start_run(config, whole.name, whole.storage)
     log_comparison(run, {line.method: run.child(line.method) for line in whole.lines}, whole)
     run.end()
     return whole

@@ -28,6 +28,9 @@ from fedfactory_ray.sections import (
 METHOD, PRODUCT, MIXTURE = "fedfactory", "product", "mixture"
 """Names in tables and logs: Architecture I's classifier, Architecture II's two ways to combine experts."""
 
+SETTINGS = "settings.json"
+"""File of a run that keeps the whole config of its last start."""
+
 
 class Config(BaseSettings):
     """One run of FederatedFactory. The defaults are the preset `digits`."""
@@ -139,6 +142,8 @@ class Config(BaseSettings):
         chosen = {"architecture", "experts", "baselines", "federated", "modules"}
         tree = self.model_dump(mode="json", exclude={"name", "storage", "tracking", "resources", *chosen})
         del tree["data"]["root"], tree["data"]["download"]
+        if not self.partition.exclude:
+            del tree["partition"]["exclude"]
         for silo in tree["partition"]["silos"]:
             del silo["resources"], silo["labels"]
         threads = {name: getattr(self.resources, name).threads for name in ("client", "synthesis", "classifier")}

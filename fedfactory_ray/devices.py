@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import random
+from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -38,6 +40,21 @@ def prepare_process(resources: WorkerResources, device: torch.device) -> torch.d
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
+
+
+LIBRARIES = ("torch", "torchvision", "diffusers", "accelerate", "numpy", "pyarrow", "ray", "fedfactory-ray")
+
+
+def environment(device: torch.device) -> dict[str, str]:
+    """What results on `device` may depend on beside the config: versions of libraries, processor, GPU."""
+    capabilities = torch.cpu.get_capabilities()
+    flags = sorted(name for name, value in capabilities.items() if value is True)
+    found = {f"{name} version": version(name) for name in LIBRARIES}
+    found["processor"] = f"{capabilities.get('cpu_name', platform.machine())} ({' '.join(flags)})"
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
+        found["cudnn"] = str(torch.backends.cudnn.version())
+    return found
 
 
 def seed_process(seed: int) -> None:

@@ -84,3 +84,17 @@ class RunConflictError(FedFactoryError):
             f"{uri} holds a run with another configuration:\n{lines}\n"
             "Choose another --name, or repeat the original command to resume that run."
         )
+
+
+class ForgottenError(FedFactoryError):
+    """A run had to forget a client, or is being made from one that has to."""
+
+    def __init__(self, found: str, remedy: str) -> None:
+        super().__init__(f"Run refused: {found}.\n  try: {remedy}")
+
+
+class UnlearningError(FedFactoryError):
+    """A request to forget cannot be fulfilled as it stands; nothing was deleted."""
+
+    def __init__(self, found: str, needed: str) -> None:
+        super().__init__(f"Cannot forget: {found}\n  needed: {needed}\nNothing was deleted.")

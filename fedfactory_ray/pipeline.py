@@ -5,7 +5,6 @@ Each phase imports what it needs: clients are at work before the driver has load
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import Counter
 from typing import TYPE_CHECKING
@@ -32,6 +31,8 @@ if TYPE_CHECKING:
     from fedfactory_ray.federation.round import ModuleHandle
     from fedfactory_ray.synthesis.synthesize import Shard
 
+EVALUATION, ENVIRONMENT = "evaluation.json", "environment.json"
+"""Scores; and each hardware and set of versions on which a start of the run ended."""
 Modules = dict[tuple[str, int], "ModuleHandle"]
 
 
@@ -44,17 +45,22 @@ def run(config: Config, console: Console) -> Report:
     """
     with open_session(config, console) as session:
         console.print(partition_table(session.partition, session.info))
-        client_runs: dict[str, ClientRun] = {}
-        modules = train_modules(session, client_runs)
-        manifest = draw_images(session, modules)
-        task = make_task(session)
-        classifiers = {
-            method: fit_classifier(session, method, rows, task)
-            for method, rows in training_rows(session, manifest).items()
-        }
-        experts = None if config.architecture == "centralised" else fit_experts(session, modules, manifest, task)
-        result, drawn = evaluate(session, task, manifest, classifiers, experts)
-        models = log_results(session, task, modules, manifest, classifiers, experts, result, drawn, client_runs)
+        report = run_phases(session)
+    return report
+
+
+def run_phases(session: Session) -> Report:
+    """All phases in an open session; what stands in its storage and verifies is not made again."""
+    config, client_runs = session.config, dict[str, ClientRun]()
+    modules = train_modules(session, client_runs)
+    manifest = draw_images(session, modules)
+    task = make_task(session)
+    classifiers = {
+        method: fit_classifier(session, method, rows, task) for method, rows in training_rows(session, manifest).items()
+    }
+    experts = None if config.architecture == "centralised" else fit_experts(session, modules, manifest, task)
+    result, drawn = evaluate(session, task, manifest, classifiers, experts)
+    models = log_results(session, task, modules, manifest, classifiers, experts, result, drawn, client_runs)
     return Report(
         name=session.name,
         storage=session.storage.uri,
@@ -149,9 +155,9 @@ def training_rows(session: Session, manifest: list[Shard]) -> dict[str, Rows]:
 def synthetic_rows(session: Session, manifest: list[Shard]) -> Rows:
     """The drawn images as a classifier's rows."""
     from fedfactory_ray.classification.rows import shard_rows
+    from fedfactory_ray.synthesis.synthesize import manifest_digest
 
-    digest = hashlib.sha256("".join(shard.rows_sha256 for shard in manifest).encode()).hexdigest()
-    return shard_rows(session.storage, manifest, digest, session.config.synthesis.unit_size)
+    return shard_rows(session.storage, manifest, manifest_digest(manifest), session.config.synthesis.unit_size)
 
 
 def fit_classifier(session: Session, method: str, rows: Rows, task: Task) -> Classifier:
@@ -247,7 +253,10 @@ def evaluate(
         figures["experts"] = {client: e.scalars() for client, e in tested.experts.items()}
         figures["missing_experts"] = experts.missing
         figures["product_less"] = {m: vars(difference) for m, difference in tested.differences.items()}
-    session.storage.write_json("evaluation.json", figures)
+    figures["predictions_sha256"] = tested.digests
+    known = session.storage.read_json(ENVIRONMENT) if session.storage.exists(ENVIRONMENT) else []
+    session.storage.write_json(ENVIRONMENT, known + [tested.environment] * (tested.environment not in known))
+    session.storage.write_json(EVALUATION, figures)
     return tested, shown
 
 

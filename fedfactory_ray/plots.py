@@ -84,3 +84,15 @@ def comparison_plot(scores: dict[str, dict[str, float]], curves: dict[str, list[
         axes[1].set(xlabel="round", ylabel="validation accuracy", ylim=(0, 1.02))
         axes[1].legend(fontsize=8)
     return figure
+
+
+def recall_plot(before: dict[int, float], after: dict[int, float], class_names: list[str]) -> Figure:
+    """Recall by class before and after a client was forgotten."""
+    figure = Figure(figsize=(2.5 + 0.5 * len(before), 3), layout="constrained")
+    axis = figure.subplots()
+    for offset, recall, label in ((-0.2, before, "before"), (0.2, after, "after")):
+        axis.bar([y + offset for y in recall], list(recall.values()), width=0.38, label=label)
+    axis.set_xticks(list(before), [class_names[y][:14] for y in before], rotation=90, fontsize=7)
+    axis.set(ylim=(0, 1.02), ylabel="recall on the test split")
+    axis.legend(fontsize=8)
+    return figure

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Norm = Literal["group", "batch"]
@@ -53,6 +53,7 @@ class DataConfig(Section):
 
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+EXCLUDED = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/\d+)?$"
 
 
 class SiloConfig(Section):
@@ -86,6 +87,15 @@ class PartitionConfig(Section):
     """`skew` only: a row a client, a column a class: how many images it holds."""
     silos: tuple[SiloConfig, ...] = ()
     """`natural` only: the clients. Validation and test splits are those of data.source."""
+    exclude: tuple[Annotated[str, Field(pattern=EXCLUDED)], ...] = ()
+    """Clients that do not take part (`client-003`), or one of their classes (`client-003/7`); the others hold what they
+    would hold anyway. jobs/unlearn.py makes a finished run into one that excludes."""
+
+    @field_validator("exclude")
+    @classmethod
+    def _order_does_not_matter(cls, exclude: tuple[str, ...]) -> tuple[str, ...]:
+        whole = {entry for entry in exclude if "/" not in entry}
+        return tuple(sorted({entry for entry in exclude if entry in whole or entry.partition("/")[0] not in whole}))
 
     @model_validator(mode="after")
     def _counts_go_with_skew(self) -> PartitionConfig:

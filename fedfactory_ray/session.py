@@ -17,15 +17,17 @@ from rich.console import Console
 
 from fedfactory_ray import tracking
 from fedfactory_ray.cluster import Plan, connect, make_plan
-from fedfactory_ray.config import Config, flatten
+from fedfactory_ray.config import SETTINGS, Config, flatten
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import DataInfo
-from fedfactory_ray.errors import FedFactoryError, RunConflictError
+from fedfactory_ray.errors import FedFactoryError, ForgottenError, RunConflictError
 from fedfactory_ray.federation.exchange import digest, import_modules
 from fedfactory_ray.storage import Storage
 from fedfactory_ray.survey import survey
 
 SECONDS = "seconds.json"
+FORGETTING, FORGOTTEN = "forgetting.json", "forgotten.json"
+"""In a run that jobs/unlearn.py has not finished; and all that is left of a run which had to forget."""
 
 
 @dataclass
@@ -63,24 +65,29 @@ class Session:
 
 
 @contextmanager
-def open_session(config: Config, console: Console) -> Iterator[Session]:
+def open_session(
+    config: Config, console: Console, forgetting: bool = False, parent: str | None = None
+) -> Iterator[Session]:
     """Join the cluster, check data and plan, deal the partition and claim the run's folder, before any work starts.
 
-    At the end the MLflow run is marked FINISHED, FAILED or KILLED. A worker's refusal is raised as itself.
+    `forgetting` lets jobs/unlearn.py open what it makes; `parent` is the MLflow run to nest below. At the end the MLflow
+    run is marked FINISHED, FAILED or KILLED. A worker's refusal is raised as itself.
     """
     began = time.monotonic()
     name = run_name(config)
+    storage = Storage(config.storage.uri).within(name)
+    refuse_forgotten(storage, forgetting)
     with ThreadPoolExecutor(1) as background:
-        logged = background.submit(tracking.start_run, config, name)
+        logged = background.submit(tracking.start_run, config, name, storage.uri, parent)
         status = "FAILED"
         try:
             connect()
             plan = make_plan(config.resources)
             info, partition, cards = survey(config)
             config.generator.check_resolution(info.resolution)
-            storage = Storage(config.storage.uri).within(name)
             claim(config.determining() | ({"modules": digest(cards)} if cards else {}), storage)
             storage.clean()
+            storage.write_json(SETTINGS, config.model_dump(mode="json") | {"name": name})
             save_partition(storage, partition)
             if config.modules is not None:
                 import_modules(config.modules, storage, cards)
@@ -110,6 +117,22 @@ def run_name(config: Config) -> str:
     content = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     source = config.data.source.rpartition(":")[2].rstrip("/").rpartition("/")[2].partition(".")[0]
     return f"{source}-{config.partition.scheme}-seed{config.seed}-{content[:8]}"
+
+
+def refuse_forgotten(storage: Storage, forgetting: bool = False) -> None:
+    """Raise ForgottenError for the folder of a run that had to forget, or of its successor that is not finished."""
+    if storage.exists(FORGOTTEN):
+        left = storage.read_json(FORGOTTEN)
+        raise ForgottenError(
+            f"{storage.uri} was deleted on {left['asked_at']}, to forget {', '.join(left['exclude'])}",
+            f"its successor {left['successor']}, or another --name to make a new run",
+        )
+    if storage.exists(FORGETTING) and not forgetting:
+        asked = storage.read_json(FORGETTING)["request"]
+        raise ForgottenError(
+            f"{storage.uri} is not finished: it is made from {asked['run']} to forget {', '.join(asked['exclude'])}",
+            "the same jobs/unlearn.py again, which goes on from there",
+        )
 
 
 def claim(wanted: dict[str, Any], storage: Storage) -> None:

@@ -70,10 +70,26 @@ class Storage:
         with self.writing(name) as stream:
             stream.write(content)
 
+    def copy(self, origin: Storage, name: str) -> None:
+        """Copy a file of another folder of the same file system, atomically and without reading it here."""
+        target = self.path(name)
+        temporary = f"{target}.{uuid.uuid4().hex}{TEMPORARY}"
+        self.filesystem.create_dir(posixpath.dirname(target), recursive=True)
+        self.filesystem.copy_file(origin.path(name), temporary)
+        self.filesystem.move(temporary, target)
+
     def delete(self, name: str) -> None:
         """Delete a file, if it is there."""
         if self.exists(name):
             self.filesystem.delete_file(self.path(name))
+
+    def prune(self) -> None:
+        """Delete the folders in which no file is left."""
+        kept = {posixpath.join(self.root, name) for name in self.names("")}
+        selector = fs.FileSelector(self.root, allow_not_found=True)
+        for found in self.filesystem.get_file_info(selector):
+            if found.type == fs.FileType.Directory and not any(name.startswith(f"{found.path}/") for name in kept):
+                self.filesystem.delete_dir(found.path)
 
     def clean(self) -> None:
         """Delete the temporary files that killed writers left."""

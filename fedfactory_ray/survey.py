@@ -21,28 +21,32 @@ def survey(config: Config) -> tuple[DataInfo, Partition, list[ModuleCard]]:
     DataMissingError, DataInvalidError, PartitionError, ModuleRefusedError or ResourcesError.
     """
     info, labels = ray.get(_inspect.remote(config))
+    excluded = config.partition.exclude
     if config.modules is not None:
         cards = read_cards(config.modules, info)
         counts = {card.key: card.images for card in cards}
-        return info, held_elsewhere(counts, info.classes), cards
+        partition = held_elsewhere(counts, info.classes).without(excluded)
+        return info, partition, [card for card in cards if card.label in partition.shares.get(card.client, {})]
     if config.partition.scheme == "natural":
-        refuse_unknown_places(config.partition.silos)
+        taking_part = [silo for silo in config.partition.silos if silo.name not in excluded]
+        refuse_unknown_places(taking_part)
         surveys = [
             _inspect_silo.options(**placement(config, silo.name)).remote(config, silo.name, info)
-            for silo in config.partition.silos
+            for silo in taking_part
         ]
         counts = {
             (silo.name, y): n
-            for silo, found in zip(config.partition.silos, ray.get(surveys), strict=True)
+            for silo, found in zip(taking_part, ray.get(surveys), strict=True)
             for y, n in enumerate(found)
             if n
         }
         missing = sorted(set(range(info.classes)) - {y for _, y in counts})
-        if missing:
+        if missing and not excluded:
             names = ", ".join(info.class_names[y] for y in missing)
             raise DataInvalidError("partition.silos", f"no silo with a training image of class {names}", "every class")
-        return info, held_elsewhere(counts, info.classes), []
-    return info, make_partition(config.partition, labels, info.classes, config.seed), []
+        classes = [entry for entry in excluded if "/" in entry]
+        return info, held_elsewhere(counts, info.classes).without(classes), []
+    return info, make_partition(config.partition, labels, info.classes, config.seed).without(excluded), []
 
 
 def held_elsewhere(counts: dict[tuple[str, int], int], classes: int) -> Partition:

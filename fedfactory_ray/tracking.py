@@ -13,6 +13,7 @@ from fedfactory_ray.config import Config, flatten
 if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
+    from mlflow import MlflowClient
     from torch import nn
 
     from fedfactory_ray.classification.fitting import Epoch
@@ -179,16 +180,26 @@ class Curves:
             self.add(epoch)
 
 
-def start_run(config: Config, name: str) -> Run:
-    """Start the parent run of a job and log every setting."""
+FOLDER = "fedfactory.folder"
+"""Tag of a job's run: the run's folder in storage."""
+
+
+def start_run(config: Config, name: str, folder: str, parent: str | None = None) -> Run:
+    """Start a job's run, tagged with its `folder`, below the run of id `parent` if there is one; log every setting."""
+    client, experiment_id = connect(config)
+    tags = {FOLDER: folder} | ({"mlflow.parentRunId": parent} if parent else {})
+    created = client.create_run(experiment_id, run_name=name, tags=tags)
+    run = Run(client, experiment_id, created.info.run_id)
+    run.params(flatten(config.model_dump(mode="json")))
+    return run
+
+
+def connect(config: Config) -> tuple[MlflowClient, str]:
+    """A client of the configured tracking server, and the id of the experiment."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     import mlflow
 
     mlflow.set_tracking_uri(tracking_uri(config))
     experiment = mlflow.set_experiment(config.tracking.experiment)
-    client = mlflow.MlflowClient()
-    created = client.create_run(experiment.experiment_id, run_name=name)
-    run = Run(client, experiment.experiment_id, created.info.run_id)
-    run.params(flatten(config.model_dump(mode="json")))
-    return run
+    return mlflow.MlflowClient(), experiment.experiment_id

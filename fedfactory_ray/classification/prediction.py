@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import ray
@@ -14,7 +15,7 @@ from fedfactory_ray.classification.models import Task, make_classifier
 from fedfactory_ray.config import MIXTURE, PRODUCT, Config
 from fedfactory_ray.data.sources import open_source
 from fedfactory_ray.data.transforms import to_tensor
-from fedfactory_ray.devices import assigned_device, prepare_process
+from fedfactory_ray.devices import assigned_device, environment, prepare_process
 from fedfactory_ray.experts import mixture, product
 from fedfactory_ray.sections import WorkerResources
 from fedfactory_ray.storage import Storage
@@ -25,12 +26,15 @@ BATCH_SIZE = 500
 @dataclass(frozen=True)
 class TestResult:
     """Evaluations by classifier and of each lone expert by client, accuracy of the product less that of each
-    classifier, and for pictures a few test images by class, uint8 (n, H, W, C)."""
+    classifier, SHA-256 of all predicted probabilities (float32) by evaluation, for pictures a few test images by class,
+    uint8 (n, H, W, C), and what the predictions were computed with."""
 
     evaluations: dict[str, Evaluation]
     experts: dict[str, Evaluation]
     differences: dict[str, Interval]
+    digests: dict[str, str]
     examples: dict[int, np.ndarray]
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 def load_network(config: Config, task: Task, storage: Storage, folder: str) -> torch.nn.Module:
@@ -80,7 +84,8 @@ def evaluate_on_test(
         for of in (folders, experts)
     )
     shown = {y: images[labels == y][:examples] for y in range(task.classes)}
-    return compare(found, lone, ensembles or {}, labels, config.seed, shown)
+    result = compare(found, lone, ensembles or {}, labels, config.seed, shown)
+    return replace(result, environment=environment(device))
 
 
 def compare(
@@ -107,5 +112,9 @@ def compare(
         {name: evaluate(probabilities, labels, seed) for name, probabilities in found.items()},
         {client: evaluate(logits.softmax(1).numpy(), labels, seed) for client, logits in experts.items()},
         differences,
+        {
+            name: hashlib.sha256(np.ascontiguousarray(each, np.float32).tobytes()).hexdigest()
+            for name, each in found.items()
+        },
         examples,
     )

@@ -54,13 +54,7 @@ def fit(
     a fit that broke off goes on from its last checkpoint. The best epoch by validation loss is kept.
     """
     folder = f"classifier/{name}"
-    recipe = [
-        rows.digest,
-        config.classifier.model_dump(mode="json"),
-        config.resources.classifier_workers,
-        config.seed,
-    ]
-    fingerprint = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+    fingerprint = fit_fingerprint(config, rows.digest)
     stored = _stored(storage, folder, fingerprint)
     if stored is not None:
         return stored
@@ -126,6 +120,17 @@ def fit(
     if fitted is None:
         raise RuntimeError(f"{storage.uri}/{folder} does not verify right after it was written: check the storage")
     return fitted
+
+
+def fit_fingerprint(config: Config, rows_digest: str) -> str:
+    """SHA-256 of all that determines a classifier."""
+    recipe = [
+        rows_digest,
+        config.classifier.model_dump(mode="json"),
+        config.resources.classifier_workers,
+        config.seed,
+    ]
+    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
 
 
 def _read(checkpoint: Any, name: str) -> bytes:

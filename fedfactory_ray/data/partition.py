@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -39,6 +39,29 @@ class Partition:
         for client, share in self.shares.items():
             for label in sorted(share):
                 yield client, label, share[label]
+
+    def without(self, excluded: Sequence[str]) -> Partition:
+        """The partition without these clients (`client-003`) and classes of clients (`client-003/7`); nobody else's
+        share changes. Raises PartitionError for what nobody holds, and where nobody would be left."""
+        shares = {client: dict(share) for client, share in self.shares.items()}
+        for entry in excluded:
+            client, _, label = entry.partition("/")
+            if client not in self.shares or (label and int(label) not in self.shares[client]):
+                held = ", ".join(map(str, sorted(self.shares.get(client, ()))))
+                raise PartitionError(
+                    f"partition.exclude has {entry}, "
+                    + (f"client {client} holds classes {held}" if held else "unknown"),
+                    f"clients of {', '.join(self.clients)}, or <client>/<class>",
+                    "another entry in partition.exclude",
+                )
+            if label:
+                del shares[client][int(label)]
+            else:
+                del shares[client]
+        left = {client: share for client, share in shares.items() if share}
+        if not left:
+            raise PartitionError("partition.exclude leaves no client", "at least one", "fewer entries")
+        return Partition(self.classes, left)
 
     @property
     def sha256(self) -> str:

@@ -7,7 +7,7 @@ import json
 import posixpath
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,6 +67,10 @@ class Assignment:
     downlink_bytes: int
     task: Task
 
+    def needed(self, config: Config) -> set[int]:
+        """The classes of which the client holds too few."""
+        return {y for y in range(self.task.classes) if real_share(config, len(self.share.get(y, ()))) < 1}
+
     def fingerprint(self, config: Config) -> str:
         """Digest of all that determines the expert."""
         recipe = [
@@ -98,14 +102,13 @@ def assign(
     The pool is drawn once and read by all. A client that draws by itself needs the other clients' modules of these
     classes instead and gets the same bytes, so these are what is counted as its downlink.
     """
-    needed = {y for y in range(task.classes) if real_share(config, len(share.get(y, ()))) < 1}
+    bare = Assignment(client, share, (), 0, task)
+    needed = bare.needed(config)
     modules = [card for card in cards if card.client != client and card.label in needed]
-    return Assignment(
-        client,
-        share,
-        tuple(shard for shard in manifest if shard.label in needed),
-        sum(card.upload_bytes for card in modules),
-        task,
+    return replace(
+        bare,
+        shards=tuple(shard for shard in manifest if shard.label in needed),
+        downlink_bytes=sum(card.upload_bytes for card in modules),
     )
 
 

@@ -54,3 +54,9 @@ SOLVERS = {"heun": heun, "dpmpp": dpmpp}
 def solver_steps(solver: str, evaluations: int) -> int:
     """Number of steps that spend at most `evaluations` network calls."""
     return (evaluations + 1) // 2 if solver == "heun" else evaluations
+
+
+def network_evaluations(solver: str, evaluations: int) -> int:
+    """Network evaluations that an image really costs where `evaluations` are allowed."""
+    steps = solver_steps(solver, evaluations)
+    return 2 * steps - 1 if solver == "heun" else steps

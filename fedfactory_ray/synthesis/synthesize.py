@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -112,6 +113,11 @@ class Synthesizer:
             "node": np.full(len(digests), node),
             "gpus": np.full(len(digests), gpus),
         }
+
+
+def manifest_digest(manifest: list[Shard]) -> str:
+    """SHA-256 of all rows, in order."""
+    return hashlib.sha256("".join(shard.rows_sha256 for shard in manifest).encode()).hexdigest()
 
 
 @ray.remote

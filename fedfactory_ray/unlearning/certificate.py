@@ -1,0 +1,106 @@
+"""The certificate: what was asked, what went, what stayed, what it cost, and digests to check it all against."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from fedfactory_ray.config import METHOD, Config
+from fedfactory_ray.generation.samplers import network_evaluations
+from fedfactory_ray.storage import Storage
+from fedfactory_ray.unlearning.deletion import AUDIT
+from fedfactory_ray.unlearning.facts import Facts, weights
+from fedfactory_ray.unlearning.request import Request
+from fedfactory_ray.unlearning.reuse import Reuse
+
+CERTIFICATE = "certificate.json"
+OURS = ("modules", "synthesis", f"classifier ({METHOD})", "experts", "evaluation", "logging")
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """A fulfilled request. `inexact` says why bitwise equality is not promised (empty: it is); `absent` are the classes
+    that nobody holds any more; `mlflow` what was deleted there, by kind."""
+
+    request: Request
+    inexact: list[str]
+    absent: list[int]
+    deleted: dict[str, list[dict[str, Any]]]
+    kept: dict[str, int]
+    before: Facts
+    after: Facts
+    cost: dict[str, Any]
+    environment: list[dict[str, str]]
+    mlflow: dict[str, list[str]]
+
+    def to_json(self) -> bytes:
+        """The certificate as JSON with sorted keys."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True).encode()
+
+    @classmethod
+    def from_json(cls, text: bytes) -> Certificate:
+        """Inverse of `to_json`."""
+        tree = json.loads(text)
+        request = Request(**tree.pop("request") | {"exclude": tuple(json.loads(text)["request"]["exclude"])})
+        return cls(request=request, before=Facts(**tree.pop("before")), after=Facts(**tree.pop("after")), **tree)
+
+
+def what_went(before: Facts, after: Facts) -> dict[str, list[dict[str, Any]]]:
+    """Modules, units and weights of the old run that the new one does not have, by digest."""
+    modules, units = {c.sha256 for c in after.cards}, {(s.file, s.rows_sha256) for s in after.shards}
+    files = set(weights(after).items())
+    return {
+        "modules": [
+            {"client": c.client, "class": c.label, "sha256": c.sha256} for c in before.cards if c.sha256 not in modules
+        ],
+        "units": [
+            {"file": s.file, "images": s.n, "rows_sha256": s.rows_sha256}
+            for s in before.shards
+            if (s.file, s.rows_sha256) not in units
+        ],
+        "weights": [
+            {"file": name, "sha256": digest}
+            for name, digest in weights(before).items()
+            if (name, digest) not in files and not name.startswith("modules/")
+        ],
+    }
+
+
+def cost(config: Config, reuse: Reuse, before: Facts, after: Facts) -> dict[str, Any]:
+    """Seconds, network evaluations of synthesis and fits, and the share that each is of the old run's."""
+    each, batch = network_evaluations(config.sampler.solver, config.sampler.evaluations), config.synthesis.batch_size
+
+    def evaluations(images: Sequence[int]) -> int:
+        return sum(-(-n // batch) * batch * each for n in images)  # a last batch is filled up
+
+    kept = {unit.file for unit in reuse.units}
+    spent = {
+        "seconds": sum(after.seconds[phase] for phase in OURS if phase in after.seconds),
+        "network_evaluations": evaluations([shard.n for shard in after.shards if shard.file not in kept]),
+        "images_drawn": reuse.drawn,
+        "modules_trained": 0,
+        "fits": reuse.fits,
+    }
+    whole = {
+        "seconds": sum(before.seconds[phase] for phase in OURS if phase in before.seconds),
+        "network_evaluations": evaluations([shard.n for shard in before.shards]),
+        "images_drawn": sum(shard.n for shard in before.shards),
+        "modules_trained": len(before.modules),
+        "fits": (before.classifier is not None) + len(before.experts),
+    }
+    share = {name: spent[name] / whole[name] for name in spent if whole[name]}
+    return {"spent": spent, "seconds_by_phase": after.seconds, "original_run": whole, "share": share}
+
+
+def note(storage: Storage, line: dict[str, Any]) -> None:
+    """Append a line to a run's audit log, in place of an earlier one of the same request."""
+    kept = [other for other in audit_lines(storage) if other["request"] != line["request"]]
+    text = "".join(f"{json.dumps(each, sort_keys=True)}\n" for each in [*kept, line])
+    storage.write(AUDIT, text.encode())
+
+
+def audit_lines(storage: Storage) -> list[dict[str, Any]]:
+    """The lines of a run's audit log."""
+    return [json.loads(line) for line in storage.read(AUDIT).splitlines()] if storage.exists(AUDIT) else []

@@ -1,0 +1,120 @@
+"""Facts: what a finished run holds, by digests, so that runs can be compared after one of them is deleted."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from fedfactory_ray.classification.card import WEIGHTS
+from fedfactory_ray.config import METHOD, Config
+from fedfactory_ray.errors import UnlearningError
+from fedfactory_ray.federation.exchange import PLACE
+from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.pipeline import ENVIRONMENT, EVALUATION
+from fedfactory_ray.session import SECONDS
+from fedfactory_ray.storage import Storage
+from fedfactory_ray.synthesis.plan import make_units
+from fedfactory_ray.synthesis.synthesize import MANIFEST, Shard, manifest_digest, stored_units
+
+AT_ONCE = 16
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a run holds. `modules` are cards, `manifest` the units in order; of classifier and experts there are the
+    fingerprint (what determines them) and the SHA-256 of the weights; `predictions` and `scores` are those of the test
+    split by evaluation, `seconds` those of each phase."""
+
+    partition_sha256: str
+    modules: list[dict[str, Any]]
+    manifest: list[dict[str, Any]]
+    rows_sha256: str
+    classifier: dict[str, str] | None
+    experts: dict[str, dict[str, str]]
+    predictions: dict[str, str]
+    scores: dict[str, dict[str, float]]
+    seconds: dict[str, float]
+
+    @property
+    def cards(self) -> list[ModuleCard]:
+        """The modules' cards."""
+        return [ModuleCard(**card) for card in self.modules]
+
+    @property
+    def shards(self) -> list[Shard]:
+        """The manifest's lines."""
+        return [Shard(**line) for line in self.manifest]
+
+    def digests(self) -> dict[str, str]:
+        """All that two equal runs have alike, by name."""
+        found = {"partition": self.partition_sha256, "rows": self.rows_sha256}
+        found |= {f"module {card.client}, class {card.label}": card.sha256 for card in self.cards}
+        found |= {f"unit {shard.file}": shard.rows_sha256 for shard in self.shards}
+        if self.classifier:
+            found["classifier"] = self.classifier["sha256"]
+        found |= {f"expert of {client}": expert["sha256"] for client, expert in self.experts.items()}
+        # Of the reference, which unlearning does not make, nobody has predictions to compare.
+        ours = {k: v for k, v in self.predictions.items() if k != "centralised"}
+        return found | {f"predictions, {name}": digest for name, digest in ours.items()}
+
+
+def read_facts(storage: Storage) -> Facts:
+    """The facts of a finished run. Raises UnlearningError where it is not finished."""
+    for name in ("config.json", "partition.json", MANIFEST, EVALUATION, ENVIRONMENT):
+        if not storage.exists(name):
+            raise UnlearningError(f"{storage.uri} holds no finished run, {name} is missing", "jobs/run.py to its end")
+    cards = [ModuleCard.from_json(storage.read(n)) for n in storage.names("modules") if PLACE.fullmatch(n)]
+    manifest = [Shard(**line) for line in storage.read_json(MANIFEST)]
+    evaluation = storage.read_json(EVALUATION)
+    experts = [name.split("/")[1] for name in storage.names("experts") if name.endswith("/card.json")]
+    classifier = f"classifier/{METHOD}"
+    return Facts(
+        partition_sha256=storage.read_json("partition.json")["sha256"],
+        modules=[vars(card) for card in sorted(cards, key=lambda card: card.key)],
+        manifest=[vars(shard) for shard in manifest],
+        rows_sha256=manifest_digest(manifest),
+        classifier=_fitted(storage, classifier) if storage.exists(f"{classifier}/card.json") else None,
+        experts={client: _fitted(storage, f"experts/{client}") for client in sorted(experts)},
+        predictions=evaluation["predictions_sha256"],
+        scores={name: scores for name, scores in evaluation.items() if "accuracy" in scores},
+        seconds=storage.read_json(SECONDS),
+    )
+
+
+def _fitted(storage: Storage, folder: str) -> dict[str, str]:
+    card = storage.read_json(f"{folder}/card.json")
+    return {"fingerprint": card["fingerprint"], "sha256": card["sha256"]}
+
+
+def weights(facts: Facts) -> dict[str, str]:
+    """SHA-256 of every file of weights, by its name in storage."""
+    found = {f"{card.folder}/{WEIGHTS}": card.sha256 for card in facts.cards}
+    if facts.classifier:
+        found[f"classifier/{METHOD}/{WEIGHTS}"] = facts.classifier["sha256"]
+    return found | {f"experts/{client}/{WEIGHTS}": expert["sha256"] for client, expert in facts.experts.items()}
+
+
+def differing_weights(storage: Storage, facts: Facts) -> list[str]:
+    """Names of files of weights that are missing or are not what the facts say."""
+
+    def differs(item: tuple[str, str]) -> bool:
+        return not storage.exists(item[0]) or storage.sha256(item[0]) != item[1]
+
+    wanted = weights(facts)
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return [name for name, bad in zip(wanted, pool.map(differs, wanted.items()), strict=True) if bad]
+
+
+def refuse_damaged(config: Config, storage: Storage, facts: Facts) -> None:
+    """Raise UnlearningError where files of a run are not what they were when it was finished. Needs Ray."""
+    damaged = differing_weights(storage, facts)
+    units = make_units(facts.cards, config.synthesis.images_per_class, config.synthesis.unit_size, config.seed)
+    found = stored_units(storage, units)
+    damaged += [shard.file for shard in facts.shards if found.get(shard.file) != shard.rows_sha256]
+    damaged += [unit.file for unit in units if unit.file not in {shard.file for shard in facts.shards}]
+    if damaged:
+        raise UnlearningError(
+            f"{storage.uri} does not verify: {', '.join(damaged[:5])}" + ", …" * (len(damaged) > 5),
+            "the files as they were made; the command that made the run mends it",
+        )

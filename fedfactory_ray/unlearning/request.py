@@ -1,0 +1,80 @@
+"""The request: who asks which run to forget whom."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from fedfactory_ray.errors import UnlearningError
+
+LONGEST_NAME = 60
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request to make of `run` the run `successor`, from which `exclude` is gone: entries of `partition.exclude`
+    that come to the run's own. `asked_at` is UTC, ISO 8601."""
+
+    run: str
+    exclude: tuple[str, ...]
+    successor: str
+    asked_by: str
+    asked_at: str
+
+    @property
+    def clients(self) -> list[str]:
+        """The clients concerned."""
+        return sorted({entry.partition("/")[0] for entry in self.exclude})
+
+    def forgets(self, client: str, label: int) -> bool:
+        """Whether a client's images of a class are to be forgotten."""
+        return client in self.exclude or f"{client}/{label}" in self.exclude
+
+    def asks(self, clients: Sequence[str], classes: Sequence[int]) -> bool:
+        """Whether this is the request to forget these clients, or these classes of theirs."""
+        parts = [int(entry.partition("/")[2]) for entry in self.exclude if "/" in entry]
+        return set(self.clients) == set(clients) and set(parts) <= set(classes)
+
+    def same(self, other: Request) -> bool:
+        """Whether both ask for the same, whoever asks and when."""
+        return (self.run, self.exclude, self.successor) == (other.run, other.exclude, other.successor)
+
+
+def make_request(
+    run: str,
+    held: Mapping[str, Sequence[int]],
+    gone: Sequence[str],
+    clients: Sequence[str],
+    classes: Sequence[int],
+    successor: str | None,
+    asked_by: str,
+) -> Request:
+    """The request to forget `clients` of a run, or of each only `classes`; all of a client's classes are the client.
+
+    `held` are the run's clients and the classes of each, `gone` its `partition.exclude`. The default successor's name
+    tells what went. Raises UnlearningError for whom the run does not have, and where nobody would be left.
+    """
+    entries = []
+    for client in sorted(set(clients)):
+        if client in gone:
+            raise UnlearningError(f"client {client} is already gone from run {run}", f"one of {', '.join(held)}")
+        if client not in held:
+            raise UnlearningError(f"run {run} has no client {client}", f"one of {', '.join(held)}")
+        wrong = sorted(set(classes) - set(held[client]))
+        if wrong:
+            before = ", already gone" if any(f"{client}/{label}" in gone for label in wrong) else ""
+            raise UnlearningError(
+                f"client {client} holds no class {', '.join(map(str, wrong))} in run {run}{before}",
+                f"of classes {', '.join(map(str, held[client]))}",
+            )
+        part = classes and set(classes) < set(held[client])
+        entries += [f"{client}/{label}" for label in sorted(set(classes))] if part else [client]
+    if all(client in entries for client in held):
+        raise UnlearningError(f"run {run} would have no client left", "a run of at least one other client")
+    told = "-".join(entry.replace("/", ".") for entry in entries)
+    if len(told) > LONGEST_NAME:
+        told = f"{len(entries)}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return Request(run, tuple(sorted(entries)), successor or f"{run}-without-{told}", asked_by, now)

@@ -1,0 +1,77 @@
+"""Reuse: what of the old run did not depend on what is forgotten, and so is kept byte for byte."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from fedfactory_ray.classification.card import WEIGHTS
+from fedfactory_ray.classification.models import Task
+from fedfactory_ray.classification.training import fit_fingerprint
+from fedfactory_ray.config import METHOD, Config
+from fedfactory_ray.data.partition import Partition
+from fedfactory_ray.federation.expert import assign, expert_folder
+from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.storage import Storage
+from fedfactory_ray.synthesis.plan import make_units
+from fedfactory_ray.synthesis.synthesize import Shard, manifest_digest
+from fedfactory_ray.unlearning.facts import AT_ONCE, Facts
+
+
+@dataclass(frozen=True)
+class Reuse:
+    """What is kept of a run, and what is not: `drawn` counts the images to draw anew, `fits` the classifiers and
+    experts to fit again."""
+
+    modules: list[ModuleCard]
+    units: list[Shard]
+    classifier: bool
+    experts: list[str]
+    drawn: int
+    fits: int
+
+    @property
+    def files(self) -> list[str]:
+        """Names of the files to copy."""
+        folders = [card.folder for card in self.modules]
+        folders += [f"classifier/{METHOD}"] * self.classifier + [expert_folder(client) for client in self.experts]
+        # A card goes last, as always: it says that the weights are there.
+        return [unit.file for unit in self.units] + [f"{f}/{name}" for f in folders for name in (WEIGHTS, "card.json")]
+
+
+def plan_reuse(config: Config, partition: Partition, task: Task, before: Facts) -> Reuse:
+    """What the run of `config`, in which `partition` is left, may keep of the run with the facts `before`.
+
+    A unit stays if it has as many images as before. A classifier or expert stays only if all that determines it, its
+    fingerprint, can be told before anything is drawn and is what it was: then it saw no row that goes.
+    """
+    left = [card for card in before.cards if card.label in partition.shares.get(card.client, {})]
+    units = make_units(left, config.synthesis.images_per_class, config.synthesis.unit_size, config.seed)
+    old = {(shard.file, shard.n, shard.module_sha256): shard for shard in before.shards}
+    found = [(unit, old.get((unit.file, unit.n, unit.module_sha256))) for unit in units]
+    kept = [shard for _, shard in found if shard is not None]
+    new_labels = {unit.label for unit, shard in found if shard is None}
+
+    classifier = not new_labels and _same(before.classifier, fit_fingerprint(config, manifest_digest(kept)))
+    experts = []
+    for client, share in partition.shares.items():
+        assignment = assign(config, client, share, kept, left, task)
+        whole = not new_labels & assignment.needed(config)
+        if whole and _same(before.experts.get(client), assignment.fingerprint(config)):
+            experts.append(client)
+    fits = (config.architecture != "decentralised") - classifier
+    if config.architecture != "centralised":
+        fits += len(partition.clients) - len(experts)
+    return Reuse(left, kept, classifier, experts, sum(unit.n for unit, shard in found if shard is None), fits)
+
+
+def _same(fitted: dict[str, str] | None, fingerprint: str) -> bool:
+    return fitted is not None and fitted["fingerprint"] == fingerprint
+
+
+def copy_files(origin: Storage, target: Storage, names: Sequence[str]) -> None:
+    """Copy files, several at a time."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for done in [pool.submit(target.copy, origin, name) for name in names]:
+            done.result()
