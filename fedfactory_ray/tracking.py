@@ -6,6 +6,7 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedfactory_ray.config import Config, flatten
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
     from fedfactory_ray.classification.fitting import Epoch
 
+SQLITE = "sqlite:///"
 BATCH = 900  # MLflow takes 1000 metrics a call
 
 
@@ -195,11 +197,18 @@ def start_run(config: Config, name: str, folder: str, parent: str | None = None)
 
 
 def connect(config: Config) -> tuple[MlflowClient, str]:
-    """A client of the configured tracking server, and the id of the experiment."""
+    """A client of the configured tracking server, and the id of the experiment.
+
+    A new experiment of a sqlite store keeps its files in mlruns/ beside the store, not where the job happens to run.
+    """
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
     import mlflow
 
-    mlflow.set_tracking_uri(tracking_uri(config))
-    experiment = mlflow.set_experiment(config.tracking.experiment)
-    return mlflow.MlflowClient(), experiment.experiment_id
+    uri, name = tracking_uri(config), config.tracking.experiment
+    mlflow.set_tracking_uri(uri)
+    client = mlflow.MlflowClient()
+    if uri.startswith(SQLITE) and client.get_experiment_by_name(name) is None:
+        files = Path(uri.removeprefix(SQLITE)).absolute().parent / "mlruns" / name
+        client.create_experiment(name, artifact_location=files.as_uri())
+    return client, mlflow.set_experiment(name).experiment_id

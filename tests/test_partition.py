@@ -124,3 +124,38 @@ def test_digest_depends_on_content_alone() -> None:
     assert partition.sha256 == expected
     table = partition.to_table().to_pydict()
     assert table == {"client": ["a", "a", "b"], "label": [1, 1, 0], "index": [3, 5, 0]}
+
+
+def test_excluding_leaves_the_others_as_they_were() -> None:
+    whole = make_partition(PartitionConfig(scheme="dirichlet", clients=6, alpha=0.5), labels_of([60] * 4), 4, 3)
+    labels = sorted(whole.shares["client-002"])
+    left = whole.without(("client-001", f"client-002/{labels[0]}"))
+    assert left.clients == [client for client in whole.clients if client != "client-001"]
+    for client, label, indices in left:
+        np.testing.assert_array_equal(indices, whole.shares[client][label])
+    assert sorted(left.shares["client-002"]) == labels[1:]
+    assert len(list(left)) == len(list(whole)) - len(whole.shares["client-001"]) - 1
+    assert left.sha256 != whole.sha256
+    assert whole.without(()).sha256 == whole.sha256
+    every_class = [f"client-002/{label}" for label in labels]
+    assert whole.without(every_class).sha256 == whole.without(("client-002",)).sha256
+
+
+@pytest.mark.parametrize(
+    ("excluded", "reason"),
+    [
+        (("client-007",), "partition.exclude has client-007, unknown"),
+        (("client-000/1",), "client-000/1, client client-000 holds classes 0"),
+        (("client-000", "client-001"), "leaves no client"),
+    ],
+)
+def test_excluding_whom_nobody_knows_or_everybody_is_refused(excluded: tuple[str, ...], reason: str) -> None:
+    partition = make_partition(PartitionConfig(), labels_of([20, 20]), 2, 0)
+    with pytest.raises(PartitionError, match=reason):
+        partition.without(excluded)
+
+
+def test_the_order_of_exclusion_does_not_matter_and_a_client_covers_its_classes() -> None:
+    one = PartitionConfig(exclude=("client-002", "client-001/3", "client-001", "client-000/1"))
+    assert one.exclude == ("client-000/1", "client-001", "client-002")
+    assert one == PartitionConfig(exclude=("client-001", "client-000/1", "client-002"))

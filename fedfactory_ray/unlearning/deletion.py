@@ -1,10 +1,11 @@
-"""Deletion: what is left of the old run is a note that it had to forget, and the audit log."""
+"""Deletion: of the old run a note is left that it had to forget, with its settings and the audit log."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 from fedfactory_ray import tracking
+from fedfactory_ray.config import SETTINGS
 from fedfactory_ray.session import FORGOTTEN
 from fedfactory_ray.storage import Storage
 
@@ -12,11 +13,12 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 AUDIT = "audit.jsonl"
-LEFT = (FORGOTTEN, AUDIT)
+LEFT = (FORGOTTEN, AUDIT, SETTINGS)
+"""Files that stay: the note, the log, and the settings, with which the same request is recognised."""
 
 
 def delete_run(storage: Storage) -> None:
-    """Delete all files of a run but the note and the log."""
+    """Delete all files of a run but those in LEFT."""
     for name in storage.names(""):
         if name not in LEFT:
             storage.delete(name)

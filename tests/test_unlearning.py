@@ -1,0 +1,337 @@
+"""Unlearning on small images: real Ray, real MLflow store, real files. Bit for bit what never was."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pyarrow.parquet as pq
+import pytest
+from conftest import write_npz
+from rich.console import Console
+from test_pipeline import SMALL, small_config
+
+from fedfactory_ray import pipeline
+from fedfactory_ray.command_line import stored_config
+from fedfactory_ray.config import Config
+from fedfactory_ray.errors import ForgottenError, UnlearningError
+from fedfactory_ray.session import FORGETTING, FORGOTTEN, open_session
+from fedfactory_ray.storage import Storage
+from fedfactory_ray.unlearning import forget as forgetting
+from fedfactory_ray.unlearning.certificate import CERTIFICATE, Certificate, audit_lines
+from fedfactory_ray.unlearning.facts import Facts, read_facts
+from fedfactory_ray.unlearning.forget import forget, held_recall, recalls
+from fedfactory_ray.unlearning.verification import differences, verify
+
+# Class 0 is held by clients 0 and 3 alone; client 0 holds the quota of it, so its expert never sees the pool's.
+COUNTS = [[40, 0, 10], [0, 25, 0], [0, 15, 30], [15, 0, 0]]
+OUT = Console(file=io.StringIO())
+
+
+@dataclass
+class Place:
+    """A folder with its runs, its MLflow store, and what it held when it was made."""
+
+    folder: Path
+
+    def config(self, run: str = "small") -> Config:
+        return stored_config(run, ["--storage.uri", str(self.folder / "runs")])
+
+    def run(self, name: str = "small") -> Storage:
+        return Storage(str(self.folder / "runs" / name))
+
+    def forget(self, *clients: str, run: str = "small", classes: tuple[int, ...] = ()) -> Certificate:
+        return forget(self.config(run), clients, classes, None, "somebody", False, OUT)
+
+    def facts(self, run: str) -> Facts:
+        return read_facts(self.run(run))
+
+
+@pytest.fixture(scope="module")
+def origin(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A finished run of both architectures, which no test changes."""
+    folder = tmp_path_factory.mktemp("origin")
+    data = write_npz(folder / "stripes.npz", n=60)
+    config = small_config(
+        folder, data, baselines=("none",), architecture="both", partition={"scheme": "skew", "counts": COUNTS}
+    )
+    pipeline.run(config, OUT)
+    return Place(folder)
+
+
+@pytest.fixture
+def place(origin: Place, tmp_path: Path) -> Place:
+    return copy_of(origin, tmp_path / "copy")
+
+
+def copy_of(origin: Place, folder: Path) -> Place:
+    """A copy with a store of its own, whose addresses of files are those of the copy."""
+    shutil.copytree(origin.folder, folder)
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        for table, column in (
+            ("experiments", "artifact_location"),
+            ("runs", "artifact_uri"),
+            ("logged_models", "artifact_location"),
+            ("tags", "value"),
+        ):
+            database.execute(
+                f"update {table} set {column} = replace({column}, ?, ?)", (str(origin.folder), str(folder))
+            )
+    for settings in folder.glob("runs/*/settings.json"):
+        settings.write_text(settings.read_text().replace(f"sqlite:///{origin.folder}", f"sqlite:///{folder}"))
+    return Place(folder)
+
+
+def only_experts(place: Place) -> Place:
+    """The same run as if it had been made with the decentralised architecture alone: faster to make again."""
+    run = place.folder / "runs" / "small"
+    shutil.rmtree(run / "classifier")
+    for name in ("evaluation.json", "settings.json"):
+        tree = json.loads((run / name).read_text())
+        tree.pop("fedfactory", None)
+        tree.get("predictions_sha256", {}).pop("fedfactory", None)
+        tree |= {"architecture": "decentralised"} if "architecture" in tree else {}
+        (run / name).write_text(json.dumps(tree))
+    return place
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def needles(run: Path, client: str) -> list[bytes]:
+    """Bytes that occur only in what has to go: the client's weights, and those of all classifiers and experts."""
+    files = [*run.glob(f"modules/{client}/**/*.safetensors"), *run.glob("classifier/*/*.safetensors")]
+    files += run.glob("experts/*/*.safetensors")
+    return [path.read_bytes()[-4096:-3968] for path in files]
+
+
+def test_the_result_is_the_run_in_which_the_client_never_took_part(place: Place) -> None:
+    before, sought = content(place.folder / "runs" / "small"), needles(place.folder / "runs" / "small", "client-003")
+    drawn = {shard.file for shard in place.facts("small").shards if shard.client == "client-003"}
+    assert drawn
+    assert len(sought) == 1 + 1 + 4
+    certificate = place.forget("client-003")
+    new = place.folder / "runs" / "small-without-client-003"
+
+    # Bit for bit the run without the client, made from nothing.
+    checked, checks = verify(f"{new}/{CERTIFICATE}", place.config("small-without-client-003"), True, OUT)
+    assert {check.name: check.wrong for check in checks} == {check.name: [] for check in checks}
+    assert len(checks) == 7
+    assert checked == certificate
+    assert len(certificate.after.digests()) == 1 + 1 + 5 + len(certificate.after.shards) + 1 + 3 + 3
+
+    # Without the deletion the digests differ: the comparison can fail.
+    changed = differences(certificate.before, certificate.after)
+    assert {"partition", "rows", "classifier", "expert of client-001", "predictions, fedfactory"} <= set(changed)
+
+    # What did not depend on the client is kept; the expert that never saw its rows is not fitted again.
+    assert "expert of client-000" not in changed
+    assert certificate.kept["experts"] == 1
+    assert certificate.kept["modules"] == 5
+    kept = [name for name in before if (new / name).exists() and name.split("/")[0] in ("modules", "synthetic")]
+    assert [name for name in kept if (new / name).read_bytes() != before[name]] == [
+        "synthetic/class-000/client-000-00001.parquet"
+    ]
+    assert certificate.cost["spent"]["fits"] == 1 + 2
+    assert certificate.cost["spent"]["modules_trained"] == 0
+    assert certificate.cost["share"]["network_evaluations"] < 0.25
+
+    # Deleted is deleted.
+    assert {entry["client"] for entry in certificate.deleted["modules"]} == {"client-003"}
+    assert drawn < {entry["file"] for entry in certificate.deleted["units"]}
+    assert {path.name for path in (place.folder / "runs" / "small").iterdir()} == {
+        *("forgotten.json", "audit.jsonl", "settings.json")
+    }
+    for name, data in content(place.folder).items():
+        assert not any(needle in data for needle in sought), name
+        if name.endswith(".parquet") and "synthetic" in name:
+            rows = pq.read_table(place.folder / name, columns=["client"])["client"].unique().to_pylist()
+            assert "client-003" not in rows, name
+
+    # Again: the same certificate, and nothing is made.
+    stamps = {path: path.stat().st_mtime_ns for path in place.folder.rglob("*")}
+    assert place.forget("client-003") == certificate
+    assert {path: path.stat().st_mtime_ns for path in stamps if path.suffix != ".db"} == {
+        path: stamp for path, stamp in stamps.items() if path.suffix != ".db"
+    }
+
+    # The old run is refused; so are clients that are gone and those that nobody knows.
+    with pytest.raises(ForgottenError, match=r"to forget client-003[\s\S]*small-without-client-003"):
+        place.forget("client-000")
+    with pytest.raises(ForgottenError, match="its successor small-without-client-003"):
+        pipeline.run(place.config(), OUT)
+    with pytest.raises(UnlearningError, match="client-003 is already gone"):
+        place.forget("client-003", run="small-without-client-003")
+
+    (line,) = audit_lines(place.run())
+    assert audit_lines(place.run("small-without-client-003")) == [line]
+    assert line["request"]["asked_by"] == "somebody"
+    assert line["request"]["exclude"] == ["client-003"]
+
+    # A row of the client, a changed byte and an unknown file are found.
+    name = sorted(drawn)[0]
+    (new / name).write_bytes(before[name])
+    _, checks = verify(f"{new}/{CERTIFICATE}", place.config("small-without-client-003"), False, OUT)
+    assert [check.name for check in checks if check.wrong] == ["no file is left of the forgotten"]
+    (new / name).unlink()
+    weights = new / "experts" / "client-001" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    _, checks = verify(f"{new}/{CERTIFICATE}", place.config("small-without-client-003"), False, OUT)
+    assert [check.name for check in checks if check.wrong] == ["weights are whole"]
+
+
+def test_mlflow_shows_before_and_after_and_no_longer_the_client(place: Place) -> None:
+    store = mlflow.MlflowClient(f"sqlite:///{place.folder}/mlflow.db")
+    models = store.search_logged_models(["1"])
+    assert len(models) == 2
+    only = only_experts(place)
+    certificate = only.forget("client-000", "client-003")
+    runs = store.search_runs(["1"])
+    old = next(run for run in runs if run.info.run_name == "small")
+    new = next(run for run in runs if run.info.run_name == certificate.request.successor)
+    assert new.data.tags["mlflow.parentRunId"] == old.info.run_id
+    assert new.info.status == "FINISHED"
+    assert new.data.tags["forgotten"] == "client-000, client-003"
+    for when, facts in (("before", certificate.before), ("after", certificate.after)):
+        assert new.data.metrics[f"{when}/accuracy"] == facts.scores["product"]["accuracy"]
+    assert {"recall.png", CERTIFICATE} <= {file.path for file in store.list_artifacts(new.info.run_id)}
+    below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == old.info.run_id]
+    names = {run.info.run_name for run in below}
+    assert {"client-001", "expert-client-001", "synthesis"} <= names
+    assert not names & {"client-000", "client-003", "expert-client-000", "expert-client-003"}
+    left = {model.model_id for model in store.search_logged_models(["1"])}
+    assert not left & {model.model_id for model in models}
+    assert len(left) == 1
+    for model in models:
+        assert not Path(model.artifact_location.removeprefix("file://")).exists()
+
+    # Class 0 has no holder any more: it is named, its recall is 0, that of the others is not.
+    assert certificate.absent == [0]
+    after = recalls(certificate.after, "product")
+    assert recalls(certificate.before, "product")[0] > 0.5
+    assert after[0] == 0
+    assert held_recall(certificate.after, "product", certificate.absent) > 0.6
+    assert len(after) == 3
+    # Nobody else holds class 0, so nothing of it is drawn; class 2 grows by what client 0 had of it.
+    assert {shard.label for shard in certificate.after.shards} == {1, 2}
+
+
+def test_the_order_of_requests_does_not_matter(origin: Place, tmp_path: Path) -> None:
+    a_then_b, b_then_a, both = (only_experts(copy_of(origin, tmp_path / name)) for name in ("ab", "ba", "both"))
+    a_then_b.forget("client-003")
+    a_then_b.forget("client-000", run="small-without-client-003")
+    b_then_a.forget("client-000")
+    b_then_a.forget("client-003", run="small-without-client-000")
+    both.forget("client-003", "client-000")
+    found = [
+        a_then_b.facts("small-without-client-003-without-client-000"),
+        b_then_a.facts("small-without-client-000-without-client-003"),
+        both.facts("small-without-client-000-client-003"),
+    ]
+    assert found[0].digests() == found[1].digests() == found[2].digests()
+    assert len(audit_lines(a_then_b.run("small-without-client-003-without-client-000"))) == 2
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+def test_killed_anywhere_the_same_command_finishes_it(
+    origin: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    undisturbed = only_experts(copy_of(origin, tmp_path / "undisturbed")).forget("client-001", classes=(1,))
+    place = only_experts(copy_of(origin, tmp_path / "killed"))
+    old, new = place.run(), place.run("small-without-client-001")
+    before = content(place.folder / "runs" / "small")
+    assert undisturbed.request.exclude == ("client-001",)  # all of its classes are the client
+
+    def die_at(module: Any, name: str, when: Callable[..., bool]) -> None:
+        function = getattr(module, name)
+
+        def dies(*arguments: Any, **keywords: Any) -> Any:
+            if when(*arguments):
+                monkeypatch.setattr(module, name, function)
+                raise Killed
+            return function(*arguments, **keywords)
+
+        monkeypatch.setattr(module, name, dies)
+        with pytest.raises(Killed):
+            place.forget("client-001")
+        monkeypatch.undo()
+
+    copies: list[str] = []
+    die_at(Storage, "copy", lambda _, __, file: copies.append(file) or len(copies) > 4)
+    die_at(pipeline, "fit_experts", lambda *_: True)
+    die_at(forgetting, "read_facts", lambda storage: storage.uri == new.uri)
+    # Until then the old run is whole, and neither half is taken for a result.
+    assert content(place.folder / "runs" / "small") == before
+    assert new.exists("evaluation.json")
+    assert not new.exists(CERTIFICATE)
+    with pytest.raises(ForgottenError, match="is not finished: it is made from small to forget client-001"):
+        pipeline.run(place.config(new.uri.rpartition("/")[2]), OUT)
+    with pytest.raises(UnlearningError, match="no certificate of a finished request"):
+        verify(f"{new.uri}/{CERTIFICATE}", place.config(new.uri.rpartition("/")[2]), False, OUT)
+    with pytest.raises(ForgottenError, match="is not finished"):
+        forget(place.config(), ["client-002"], [], "small-without-client-001", "somebody", False, OUT)
+
+    die_at(Storage, "delete", lambda storage, name: storage.uri == old.uri and name.startswith("modules/client-002"))
+    assert old.exists(FORGOTTEN)
+    assert 0 < len(content(place.folder / "runs" / "small")) < len(before)
+    with pytest.raises(ForgottenError), open_session(place.config(), OUT):
+        pass
+    die_at(forgetting, "delete_traces", lambda *_: True)
+    die_at(forgetting, "note", lambda *_: True)
+    assert new.exists(CERTIFICATE)
+    assert new.exists(FORGETTING)
+    finished = place.forget("client-001")
+    assert not new.exists(FORGETTING)
+    assert finished.after.digests() == undisturbed.after.digests()
+    assert finished.deleted == undisturbed.deleted
+    _, checks = verify(f"{new.uri}/{CERTIFICATE}", place.config(new.uri.rpartition("/")[2]), False, OUT)
+    assert [check for check in checks if check.wrong] == []
+    assert len(audit_lines(new)) == 1
+
+
+def test_what_cannot_be_promised_is_refused_before_anything_is_touched(place: Place) -> None:
+    before = content(place.folder / "runs")
+    for clients, classes, reason in (
+        (["client-009"], (), "no client client-009[\\s\\S]*client-000, client-001, client-002, client-003"),
+        (["client-000", "client-001", "client-002", "client-003"], (), "no client left"),
+        (["client-001"], (0,), "client-001 holds no class 0"),
+    ):
+        with pytest.raises(UnlearningError, match=reason):
+            place.forget(*clients, classes=classes)
+    environment = place.folder / "runs" / "small" / "environment.json"
+    here = environment.read_text()
+    environment.write_text(here.replace('"torch version": "', '"torch version": "0.'))
+    with pytest.raises(UnlearningError, match="torch version '0"):
+        place.forget("client-001")
+    environment.write_text(here)
+    assert content(place.folder / "runs") == before
+    shard = next((place.folder / "runs" / "small").glob("synthetic/class-002/*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(UnlearningError, match="does not verify: synthetic/class-002"):
+        place.forget("client-001")
+    (place.folder / "runs" / "small" / "evaluation.json").unlink()
+    with pytest.raises(UnlearningError, match=r"holds no finished run, evaluation\.json is missing"):
+        place.forget("client-001")
+
+
+def test_another_machines_run_is_forgotten_only_inexactly(place: Place) -> None:
+    environment = place.folder / "runs" / "small" / "environment.json"
+    environment.write_text(environment.read_text().replace('"torch version": "', '"torch version": "0.'))
+    certificate = forget(only_experts(place).config(), ["client-002"], [2], None, "somebody", True, OUT)
+    assert [reason[:16] for reason in certificate.inexact] == ["torch version '0"]
+    assert certificate.request.exclude == ("client-002/2",)
+    assert {(card.client, card.label) for card in certificate.after.cards if card.client == "client-002"} == {
+        ("client-002", 1)
+    }
+    assert SMALL["synthesis"]["images_per_class"] == sum(s.n for s in certificate.after.shards if s.label == 2)

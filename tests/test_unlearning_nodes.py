@@ -1,0 +1,96 @@
+"""Unlearning of a run on handwritten digits, on clusters of several nodes, killed on the way: the same bytes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from small_runs import ROOT, SMALL, wait_for
+from test_nodes import nodes
+
+from fedfactory_ray.storage import Storage
+from fedfactory_ray.unlearning.facts import read_facts
+
+DIGITS: dict[str, Any] = SMALL | {
+    "name": "digits",
+    "architecture": "both",
+    "data": {"source": "digits"},
+    "partition": {"scheme": "pathological", "clients": 5},  # two classes each: nobody else holds them
+    "generator": SMALL["generator"] | {"min_steps": 15, "max_steps": 15},
+    "synthesis": {"images_per_class": 32, "batch_size": 16, "unit_size": 16},
+    "classifier": {"epochs": 3, "batch_size": 16, "checkpoint_every": 1},
+}
+NEW = "digits-without-client-001"
+
+
+def start(folder: Path, job: str, *arguments: str) -> subprocess.Popen[str]:
+    """A job of this project, in `folder`."""
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "jobs" / job), *arguments],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+
+
+def output(job: subprocess.Popen[str]) -> str:
+    out, _ = job.communicate(timeout=400)
+    assert job.returncode == 0, out
+    return out
+
+
+def test_four_nodes_two_and_one_forget_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    four, two = tmp_path / "four", tmp_path / "two"
+    four.mkdir()
+    (four / "digits.yaml").write_text(yaml.safe_dump(DIGITS))
+    asked = ("--run", "digits", "--client", "client-001")
+    new = four / "runs" / NEW
+    with nodes(monkeypatch, {"num_cpus": 2}, *[{"num_cpus": 1}] * 3):
+        output(start(four, "run.py", "--config", "digits.yaml"))
+        shutil.copytree(four, two)
+        before = {path: path.read_bytes() for path in (four / "runs").rglob("*") if path.is_file()}
+        # Killed while the classifier is fitted, and between the experts: the old run is whole.
+        for moment in ("train-fedfactory-*/checkpoint_*/fit.json", "experts/*/card.json"):
+            job = start(four, "unlearn.py", *asked)
+            wait_for(lambda moment=moment: list(new.glob(moment)), job)  # type: ignore[misc]
+            job.kill()
+            job.communicate()
+            assert {path: path.read_bytes() for path in before} == before
+            assert not (new / "certificate.json").exists()
+        out = output(start(four, "unlearn.py", *asked))
+    assert "classes that nobody holds now" in out
+    assert "equal to a run without them, bit for bit" in out
+    certificate = json.loads((new / "certificate.json").read_text())
+    # Nobody else holds its classes, so nothing is drawn.
+    assert certificate["cost"]["spent"]["network_evaluations"] == 0
+    assert certificate["kept"]["units"] == len(certificate["after"]["manifest"]) == 8 * 2
+    assert len(certificate["absent"]) == 2
+    after = certificate["after"]["scores"]["fedfactory"]
+    assert [after[f"recall_class_{label}"] for label in certificate["absent"]] == [0, 0]
+
+    with nodes(monkeypatch, *[{"num_cpus": 1}] * 2):
+        output(start(two, "unlearn.py", *asked))
+    found = read_facts(Storage(str(new))).digests()
+    assert read_facts(Storage(str(two / "runs" / NEW))).digests() == found
+    assert found["classifier"] != certificate["before"]["classifier"]["sha256"]
+
+    # On one machine, with one actor at a time: the run without the client, from nothing.
+    monkeypatch.delenv("RAY_ADDRESS")
+    checked = start(
+        four, "unlearn.py", "verify", f"runs/{NEW}/certificate.json", "--retrain", "--resources.max_actors", "1"
+    )
+    table = output(checked)
+    assert "a run from nothing is equal" in table
+    assert table.count("yes") == 7
+    # A retrained run leaves nothing behind.
+    assert {path.name for path in four.iterdir()} == {"digits.yaml", "runs", "mlflow.db", "mlruns"}
