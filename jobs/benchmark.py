@@ -4,6 +4,7 @@
     clients     time from 5 to 10 to 20 clients, from 1 to 2 actors, and the overhead a client at 100 tiny ones
     memory      the driver's peak memory with 10 times the images and 10 times the clients
     samplers    solver and evaluations against accuracy on the real validation split, from the modules in --run
+    experts     the share of real images that an expert sees against accuracy there, from the images in --run
 
 Read the ratios: seconds differ from machine to machine.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import io
 import multiprocessing
+import os
 import sys
 import tempfile
 import time
@@ -29,6 +31,7 @@ from fedfactory_ray.config import Config, merge
 from fedfactory_ray.errors import ConfigError
 
 SETTINGS = [("dpmpp", 6), ("dpmpp", 10), ("dpmpp", 20), ("heun", 11), ("heun", 19), ("heun", 35)]
+SHARES = (1.0, 0.25, 0.0)
 TINY = {"generator": {"min_steps": 2, "max_steps": 2}}
 
 
@@ -245,10 +248,7 @@ def samplers(config: Config, options: argparse.Namespace) -> Table:
     from fedfactory_ray.synthesis.plan import make_units
     from fedfactory_ray.synthesis.shard import to_table
 
-    storage = Storage(options.run)
-    tree = storage.read_json("config.json")
-    tree["resources"] = {"classifier": {"threads": tree["resources"]["threads"]["classifier"]}}
-    config = Config.model_validate(tree)
+    storage, config = stored_run(options)
     cards = [ModuleCard.from_json(storage.read(n)) for n in storage.names("modules") if n.endswith("card.json")]
     units = make_units(cards, options.images, config.synthesis.unit_size, config.seed)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
@@ -281,21 +281,90 @@ def samplers(config: Config, options: argparse.Namespace) -> Table:
     return table
 
 
-MEASUREMENTS = {"overhead": overhead, "clients": clients, "memory": memory, "samplers": samplers}
+def stored_run(options: argparse.Namespace) -> tuple[Any, Config]:
+    """The storage of the run in --run, and its configuration, as far as it determines results."""
+    from fedfactory_ray.storage import Storage
+
+    storage = Storage(options.run)
+    tree = storage.read_json("config.json")
+    resources = {name: {"threads": threads} for name, threads in tree["resources"]["threads"].items()}
+    return storage, Config.model_validate(tree | {"resources": resources})
+
+
+def expert_logits(config: Config, uri: str, client: str) -> Any:
+    """Logits on the real validation split of a client's expert, fitted here from a run's synthetic images."""
+    import pyarrow.parquet as pq
+    import safetensors.torch
+    import torch
+
+    from fedfactory_ray.classification.models import Task, make_classifier
+    from fedfactory_ray.classification.prediction import predict_logits
+    from fedfactory_ray.data.sources import open_source
+    from fedfactory_ray.devices import prepare_process
+    from fedfactory_ray.federation.expert import assign, fit_expert
+    from fedfactory_ray.storage import Storage
+    from fedfactory_ray.synthesis.synthesize import MANIFEST, Shard
+
+    device = prepare_process(config.resources.client, torch.device("cpu"))
+    storage, source = Storage(uri), open_source(config.data)
+    real = source.images("val")
+    task = Task(len(source.class_names), real.shape[3], real.shape[1])
+    table = pq.read_table(storage.path("partition.parquet"), filesystem=storage.filesystem).to_pandas()
+    mine = table[table["client"] == client]
+    share = {int(label): rows["index"].to_numpy() for label, rows in mine.groupby("label")}
+    manifest = [Shard(**line) for line in storage.read_json(MANIFEST)]
+    network = make_classifier(config.classifier.model, task, config.classifier.norm)
+    with tempfile.TemporaryDirectory() as scratch:
+        os.symlink(storage.path("synthetic"), f"{scratch}/synthetic")
+        fitted = Storage(scratch)
+        for _ in fit_expert(config, assign(config, client, share, manifest, [], task), source, fitted, device):
+            pass
+        network.load_state_dict(safetensors.torch.load(fitted.read(f"experts/{client}/model.safetensors")))
+    return predict_logits(network.eval(), real, device)
+
+
+def experts(config: Config, options: argparse.Namespace) -> Table:
+    """How many real images among those of its own classes an expert should see, on the real validation split."""
+    import torch
+
+    from fedfactory_ray.classification.evaluation import evaluate
+    from fedfactory_ray.data.sources import open_source
+    from fedfactory_ray.experts import mixture, product
+
+    storage, stored = stored_run(options)
+    stored = changed(stored, classifier={"epochs": config.classifier.epochs})
+    labels = open_source(stored.data).labels("val")
+    clients = storage.read_json("partition.json")["clients"]
+    table = Table("real_share", "lone experts, mean", "mixture", "product [95 %]")
+    for share in SHARES:
+        chosen = changed(stored, experts={"real_share": share})
+        with ProcessPoolExecutor(multiprocessing.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+            fitted = [pool.submit(expert_logits, chosen, storage.uri, client) for client in clients]
+            logits = torch.stack([each.result() for each in fitted])
+        lone = np.mean([(each.argmax(1).numpy() == labels).mean() for each in logits])
+        together = [
+            evaluate(combine(logits).exp().numpy(), labels, stored.seed).accuracy for combine in (mixture, product)
+        ]
+        table.add_row(f"{share:g}", f"{lone:.4f}", f"{together[0].value:.4f}", str(together[1]))
+        print(f"real_share {share:g}: {lone:.4f} {together[0]} {together[1]}", flush=True)
+    return table
+
+
+MEASUREMENTS = {"overhead": overhead, "clients": clients, "memory": memory, "samplers": samplers, "experts": experts}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this job."""
     parser.add_argument("what", choices=MEASUREMENTS)
-    parser.add_argument("--run", help="samplers: folder of a finished run, runs/<name>")
+    parser.add_argument("--run", help="samplers, experts: folder of a finished run, runs/<name>")
     parser.add_argument("--images", type=int, default=500, help="samplers: images a class (default 500)")
 
 
 def main() -> None:
     """Run the benchmark."""
     config, options = parse(description=__doc__ or "", add_arguments=add_arguments)
-    if options.what == "samplers" and not options.run:
-        raise ConfigError(["samplers needs --run runs/<name>, the folder of a finished run"])
+    if options.what in ("samplers", "experts") and not options.run:
+        raise ConfigError([f"{options.what} needs --run runs/<name>, the folder of a finished run"])
     Console().print(MEASUREMENTS[options.what](config, options))
 
 

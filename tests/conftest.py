@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,11 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # Several processes share few cores: threads that wait for one another shall not spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Test processes side by side have a Ray each, and a driver joins whatever it finds in this folder.
+RAY_TMPDIR = Path(tempfile.gettempdir(), f"ff-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}-{os.getuid()}")
+RAY_TMPDIR.mkdir(exist_ok=True)
+os.environ["RAY_TMPDIR"] = str(RAY_TMPDIR)
 
 SHARED_DATA = Path(os.environ.get("FEDFACTORY_DATA", Path(__file__).parents[2] / "shared" / "data"))
 

@@ -38,11 +38,11 @@ def nodes(monkeypatch: pytest.MonkeyPatch, *each: dict[str, Any]) -> Iterator[Cl
 
 
 def workers(title: str) -> list[psutil.Process]:
-    """Ray's worker processes by what they do."""
+    """Ray's worker processes by what they do; only of the clusters of this test process."""
     found = []
-    for process in psutil.process_iter(["cmdline"]):
-        command = " ".join(process.info["cmdline"] or [])
-        if command.startswith(f"ray::{title}"):
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        command, environment = " ".join(process.info["cmdline"] or []), process.info["environ"] or {}
+        if command.startswith(f"ray::{title}") and environment.get("RAY_TMPDIR") == os.environ["RAY_TMPDIR"]:
             found.append(process)
     return found
 
