@@ -1,0 +1,143 @@
+"""What a choice brings: accuracy on the real validation split, from the modules or images of a finished run."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from fedfactory_ray.benchmark.cost import changed
+from fedfactory_ray.config import Config
+
+SETTINGS = [("dpmpp", 6), ("dpmpp", 10), ("dpmpp", 20), ("heun", 11), ("heun", 19), ("heun", 35)]
+SHARES = (1.0, 0.25, 0.0)
+
+
+def stored_run(options: argparse.Namespace) -> tuple[Any, Config]:
+    """The storage of the run in --run, and its configuration, as far as it determines results."""
+    from fedfactory_ray.storage import Storage
+
+    storage = Storage(options.run)
+    tree = storage.read_json("config.json")
+    resources = {name: {"threads": threads} for name, threads in tree["resources"]["threads"].items()}
+    return storage, Config.model_validate(tree | {"resources": resources})
+
+
+def expert_logits(config: Config, uri: str, client: str) -> Any:
+    """Logits on the real validation split of a client's expert, fitted here from a run's synthetic images."""
+    import pyarrow.parquet as pq
+    import safetensors.torch
+    import torch
+
+    from fedfactory_ray.classification.models import Task, make_classifier
+    from fedfactory_ray.classification.prediction import predict_logits
+    from fedfactory_ray.data.sources import open_source
+    from fedfactory_ray.devices import prepare_process
+    from fedfactory_ray.federation.expert import assign, fit_expert
+    from fedfactory_ray.storage import Storage
+    from fedfactory_ray.synthesis.synthesize import MANIFEST, Shard
+
+    device = prepare_process(config.resources.client, torch.device("cpu"))
+    storage, source = Storage(uri), open_source(config.data)
+    real = source.images("val")
+    task = Task(len(source.class_names), real.shape[3], real.shape[1])
+    table = pq.read_table(storage.path("partition.parquet"), filesystem=storage.filesystem).to_pandas()
+    mine = table[table["client"] == client]
+    share = {int(label): rows["index"].to_numpy() for label, rows in mine.groupby("label")}
+    manifest = [Shard(**line) for line in storage.read_json(MANIFEST)]
+    network = make_classifier(config.classifier.model, task, config.classifier.norm)
+    with tempfile.TemporaryDirectory() as scratch:
+        os.symlink(storage.path("synthetic"), f"{scratch}/synthetic")
+        fitted = Storage(scratch)
+        for _ in fit_expert(config, assign(config, client, share, manifest, [], task), source, fitted, device):
+            pass
+        network.load_state_dict(safetensors.torch.load(fitted.read(f"experts/{client}/model.safetensors")))
+    return predict_logits(network.eval(), real, device)
+
+
+def experts(config: Config, options: argparse.Namespace) -> Table:
+    """How many real images among those of its own classes an expert should see, on the real validation split."""
+    import torch
+
+    from fedfactory_ray.classification.evaluation import evaluate
+    from fedfactory_ray.data.sources import open_source
+    from fedfactory_ray.experts import mixture, product
+
+    storage, stored = stored_run(options)
+    stored = changed(stored, classifier={"epochs": config.classifier.epochs})
+    labels = open_source(stored.data).labels("val")
+    clients = storage.read_json("partition.json")["clients"]
+    table = Table("real_share", "lone experts, mean", "mixture", "product [95 %]")
+    for share in SHARES:
+        chosen = changed(stored, experts={"real_share": share})
+        with ProcessPoolExecutor(multiprocessing.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
+            fitted = [pool.submit(expert_logits, chosen, storage.uri, client) for client in clients]
+            logits = torch.stack([each.result() for each in fitted])
+        lone = np.mean([(each.argmax(1).numpy() == labels).mean() for each in logits])
+        together = [
+            evaluate(combine(logits).exp().numpy(), labels, stored.seed).accuracy for combine in (mixture, product)
+        ]
+        table.add_row(f"{share:g}", f"{lone:.4f}", f"{together[0].value:.4f}", str(together[1]))
+        print(f"real_share {share:g}: {lone:.4f} {together[0]} {together[1]}", flush=True)
+    return table
+
+
+def samplers(config: Config, options: argparse.Namespace) -> Table:
+    """Solver and evaluations against seconds of sampling and accuracy downstream."""
+    import pyarrow as pa
+    import ray
+    import torch
+
+    from fedfactory_ray.classification.evaluation import evaluate
+    from fedfactory_ray.classification.models import Task
+    from fedfactory_ray.classification.prediction import load_network, predict
+    from fedfactory_ray.classification.rows import Rows
+    from fedfactory_ray.classification.training import fit
+    from fedfactory_ray.cluster import connect, make_plan
+    from fedfactory_ray.data.sources import open_source
+    from fedfactory_ray.devices import resolve_precision
+    from fedfactory_ray.generation.card import ModuleCard
+    from fedfactory_ray.generation.module import load_weights, make_denoiser
+    from fedfactory_ray.generation.sampling import draw_images
+    from fedfactory_ray.storage import Storage
+    from fedfactory_ray.synthesis.plan import make_units
+    from fedfactory_ray.synthesis.shard import to_table
+
+    storage, config = stored_run(options)
+    cards = [ModuleCard.from_json(storage.read(n)) for n in storage.names("modules") if n.endswith("card.json")]
+    units = make_units(cards, options.images, config.synthesis.unit_size, config.seed)
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    precision = resolve_precision(config.generator.precision, device)
+    connect()
+    worker = make_plan(config.resources).classifier
+    source = open_source(config.data)
+    real, labels = source.images("val"), source.labels("val")
+    task = Task(len(source.class_names), real.shape[3], real.shape[1])
+    table = Table("solver", "evaluations", "seconds to draw", "accuracy, real validation split [95 %]")
+    for solver, evaluations in SETTINGS:
+        sampler = config.sampler.model_copy(update={"solver": solver, "evaluations": evaluations})
+        began, tables = time.monotonic(), []
+        for card in cards:
+            denoiser = make_denoiser(card)
+            load_weights(denoiser, storage.read(f"{card.folder}/model.safetensors"), card)
+            for unit in units:
+                if (unit.client, unit.label) == card.key:
+                    size = config.synthesis.batch_size
+                    images = draw_images(denoiser.to(device), sampler, unit.n, size, unit.seed, device, precision)
+                    tables.append(to_table(unit, images))
+        seconds, drawn = time.monotonic() - began, pa.concat_tables(tables)
+        with tempfile.TemporaryDirectory() as scratch:
+            rows = Rows(ray.data.from_arrow(drawn), f"{solver}-{evaluations}", len(drawn), config.synthesis.unit_size)
+            classifier = fit(config, rows, task, worker, Storage(scratch), "benchmark", lambda epoch: None)
+            network = load_network(config, task, Storage(scratch), classifier.folder)
+        result = evaluate(predict(network, real, torch.device("cpu")), labels, config.seed)
+        table.add_row(solver, str(evaluations), f"{seconds:.1f}", str(result.accuracy))
+        print(f"{solver} {evaluations}: {result.accuracy} ({seconds:.1f} s)", flush=True)
+    return table
