@@ -82,7 +82,7 @@ class FederatedClient:
         self.learner.load(received)
         seed = derive_seed(self.config.seed, "federated", client, round_)
         gradients = self.learner.gradients(training, seed)
-        vectors, new = train_locally(method, received, old, gradients, self.config.federated.client_lr)
+        vectors, new = train_locally(method, received, old, gradients, method.client_lr)
         if self.learner.buffers:
             vectors = vectors | {"buffers": self.learner.model()["buffers"]}
         upload = pack(vectors)
