@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import ray
 
-from fedfactory_ray import pipeline
 from fedfactory_ray.config import Config
 from fedfactory_ray.generation.card import ModuleCard
-from fedfactory_ray.session import Session
 from fedfactory_ray.storage import Storage
 from fedfactory_ray.synthesis.plan import make_units
 from fedfactory_ray.synthesis.synthesize import Shard
-from fedfactory_ray.tracking import ClientRun, Run
 
 if TYPE_CHECKING:
     from fedfactory_ray.classification.rows import Rows
+    from fedfactory_ray.pipeline import Modules
+    from fedfactory_ray.session import Session
+    from fedfactory_ray.tracking import ClientRun, Run
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Drawn:
 
     def rows(self, config: Config) -> Rows:
         """The rows that `config` asks for: those that a run of it would draw, for quotas are prefix-extending."""
-        from fedfactory_ray.classification.rows import Rows, shard_rows
+        from fedfactory_ray.classification.rows import shard_rows
 
         synthesis = config.synthesis
         units = make_units(self.cards, synthesis.images_per_class, synthesis.unit_size, config.seed)
@@ -83,7 +83,9 @@ def digest(settings: Mapping[str, Any]) -> str:
 def make_drawn(sessions: Sequence[Session]) -> dict[str, Drawn]:
     """Train the modules and draw the images for these sessions, one a trial, all with the same storage; returns them by
     the digest of `settings_of_images`. What several share is made once, and what is there and verifies is not made."""
-    modules: dict[str, pipeline.Modules] = {}
+    from fedfactory_ray.pipeline import draw_images
+
+    modules: dict[str, Modules] = {}
     drawn: dict[str, Drawn] = {}
     for session in sorted(sessions, key=lambda session: -session.config.synthesis.images_per_class):
         by_modules, by_images = (digest(of(session.config)) for of in (settings_of_modules, settings_of_images))
@@ -91,14 +93,16 @@ def make_drawn(sessions: Sequence[Session]) -> dict[str, Drawn]:
             modules[by_modules] = train_modules(session, f"modules-{by_modules}")
         if by_images not in drawn:
             inner = _within(session, f"images-{by_images}")
-            manifest = pipeline.draw_images(inner, modules[by_modules])
+            manifest = draw_images(inner, modules[by_modules])
             inner.run.end()
             drawn[by_images] = Drawn(inner.storage, [h.card for h in modules[by_modules].values()], manifest)
     return drawn
 
 
-def train_modules(session: Session, name: str) -> pipeline.Modules:
+def train_modules(session: Session, name: str) -> Modules:
     """The session's modules, in the folder `name` of its storage, with references that outlive their clients."""
+    from fedfactory_ray import pipeline
+
     inner = _within(session, name)
     client_runs: dict[str, ClientRun] = {}
     modules = pipeline.train_modules(inner, client_runs)

@@ -1,4 +1,4 @@
-"""What is known of a trial: its reports as they came, and how it ended. The driver writes it, a resumed trial reads it."""
+"""What is known of a trial: its reports as they came, and how it ended. The driver writes, a resumed trial reads it."""
 
 from __future__ import annotations
 

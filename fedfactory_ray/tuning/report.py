@@ -68,10 +68,9 @@ def study_table(study: Study) -> Table:
     for name in ("validation accuracy", "loss", study.unit, "seconds", ""):
         table.add_column(name, justify="right", overflow="fold")
     for line in study.lines:
-        figures = [f"{line.accuracy:.4f}", f"{line.loss:.4f}", f"{line.step} of {line.steps}", f"{line.seconds:.0f}"]
-        if line.accuracy is None:
-            figures = ["–"] * 4
-        table.add_row(*line.settings.values(), *figures, str(line.outcome))
+        scores = ("–" if score is None else f"{score:.4f}" for score in (line.accuracy, line.loss))
+        costs = (f"{line.step} of {line.steps}", f"{line.seconds:.0f}")
+        table.add_row(*line.settings.values(), *scores, *costs, str(line.outcome))
     return table
 
 

@@ -59,7 +59,8 @@ def parse_search(texts: Sequence[str], config: Config, sections: Sequence[str]) 
 
     Every choice, and both ends of a range, are tried on `config`. Raises ConfigError with every problem at once.
     """
-    dimensions, problems = [], []
+    dimensions: list[Dimension] = []
+    problems: list[str] = []
     known = [name for name in flatten(config.model_dump()) if name.partition(".")[0] in sections]
     for text in texts:
         name, _, values = text.partition("=")

@@ -1,4 +1,4 @@
-"""A study: the trials of a search on the cluster, with Ray Tune; the driver alone writes records, MLflow and the screen."""
+"""A study: the trials of a search, with Ray Tune; the driver alone writes records, MLflow and the screen."""
 
 from __future__ import annotations
 
@@ -68,7 +68,8 @@ def make_trials(config: Config, method: str, search: Sequence[str], trials: int 
     if config.modules is not None or (config.apart and method != METHOD):
         raise ConfigError([f"modules from files or partition natural: {method} cannot be tuned without all images"])
     dimensions = parse_search(search, config, SECTIONS[method])
-    found, problems = {}, []
+    found: dict[str, Trial] = {}
+    problems: list[str] = []
     for settings in draw_settings(dimensions, trials, config.seed):
         try:
             trial = Trial(settings, configured(config, settings))
@@ -244,8 +245,9 @@ def run_trials(session: Session, watch: Watch, jobs: dict[int, Job], concurrent:
     """Run `jobs` with Ray Tune, as many at once as `concurrent`. Raises the first refusal, or error, if all failed."""
     if not jobs:
         return
-    # Ctrl-C shall end the job, and what trials tell is logged by `watch` alone.
-    os.environ |= {"TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1"}
+    # Ctrl-C shall end the job, and what trials tell is logged and shown by `watch` alone.
+    os.environ |= dict.fromkeys(("TUNE_DISABLE_SIGINT_HANDLER", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"), "1")
+    os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # or Tune prints a header in spite of verbose=0
     storage = session.storage
     scheduler = make_scheduler(max(_steps(job) for job in jobs.values()), watch.records)
     # A trial only gives orders, so it takes no CPU from its workers; but Tune wants it to take something.
@@ -254,7 +256,7 @@ def run_trials(session: Session, watch: Watch, jobs: dict[int, Job], concurrent:
     results = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, jobs=jobs), light),
         param_space={"trial": tune.grid_search(list(jobs))},
-        tune_config=tune.TuneConfig(metric="best", mode="max", scheduler=scheduler, max_concurrent_trials=concurrent),
+        tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=concurrent),
         run_config=tune.RunConfig(
             name=TUNE_FOLDER,
             storage_path=storage.root,
@@ -283,12 +285,13 @@ def make_scheduler(steps: int, records: Sequence[Record]) -> TrialScheduler:
     # No rung at the last step: stopping there would save nothing.
     scheduler = ASHAScheduler(
         time_attr="step",
+        metric="best",
+        mode="max",
         grace_period=math.ceil(steps / GRACE),
         max_t=max(math.ceil(steps / GRACE), steps - 1),
         reduction_factor=REDUCTION,
         stop_last_trials=False,
     )
-    scheduler.set_search_properties("best", "max")
     for index, record in enumerate(records):
         if record.finished:
             done = SimpleNamespace(trial_id=f"finished-{index}")

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
+
 from ray import tune
 
 from fedfactory_ray.cluster import Worker, quiet
