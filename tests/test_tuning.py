@@ -238,6 +238,8 @@ def blind(tmp_path_factory: pytest.TempPathFactory) -> Path:
     file = write_npz(tmp_path_factory.mktemp("blind") / "stripes.npz")
     with np.load(file) as arrays:
         held = dict(arrays)
+    # Beyond the few kB that are read with the array's header.
+    held |= {name: np.concatenate([held[name]] * 20) for name in ("test_images", "test_labels")}
     np.savez(file, **held)
     content, pixels = file.read_bytes(), held["test_images"].tobytes()
     start = content.index(pixels)
@@ -269,8 +271,9 @@ def test_a_study_goes_on_after_the_driver_was_killed_and_is_logged_as_nested_run
     cluster: None, tmp_path: Path, blind: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where artifacts go
-    (tmp_path / "small.yaml").write_text(yaml.safe_dump(tree(tmp_path, blind)))
-    search = ("federated.client_lr=0.2,0.001,0.1",)
+    partition = {"scheme": "skew", "counts": [[13, 13, 13]] * 3}
+    (tmp_path / "small.yaml").write_text(yaml.safe_dump(tree(tmp_path, blind, partition=partition)))
+    search = ("federated.client_lr=0.1,1e-6",)
     options = ("--config", "small.yaml", "--method", "fedprox", "--search", *search)
     job = subprocess.Popen(
         [sys.executable, str(ROOT / "jobs" / "tune.py"), *options],
@@ -295,11 +298,9 @@ def test_a_study_goes_on_after_the_driver_was_killed_and_is_logged_as_nested_run
     again = read_record(Storage(str(folders[1])), {})
     assert again.reports[: len(broken.reports)] == broken.reports
     assert [r.step for r in again.reports if not r.whole] == list(range(1, len(again.reports) + 1))[: again.last.step]
-    assert again.outcome == "stopped early"  # as poor as it is, at the first rung
-    assert again.last.step == 2
+    assert (again.outcome, again.last.step in (2, 4)) == ("stopped early", True)  # at a rung, poor as it is
     assert times(folders[1], "**/*").keys() == {str(folders[1] / "trial.json")}
-    outcomes = [line.outcome for line in found.lines]
-    assert outcomes[-1] == "stopped early"
+    assert [line.outcome for line in found.lines] == ["whole", "stopped early"]
     assert found.lines[0].accuracy > found.lines[-1].accuracy
     assert not (study / "tune").exists()
 
@@ -311,8 +312,8 @@ def test_a_study_goes_on_after_the_driver_was_killed_and_is_logged_as_nested_run
     runs = client.search_runs(["1"], order_by=["start_time DESC"])
     parent = next(run for run in runs if run.info.run_name == "tune-fedprox-small")
     children = {run.info.run_name: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
-    assert set(children) == {"trial-1", "trial-2", "trial-3"}
-    assert children["trial-2"].data.params == {"federated.client_lr": "0.001"}
+    assert set(children) == {"trial-1", "trial-2"}
+    assert children["trial-2"].data.params == {"federated.client_lr": "1e-6"}
     assert children["trial-2"].data.tags["outcome"] == "stopped early"
     for name, place in (("trial-1", 0), ("trial-2", 1)):
         curve = client.get_metric_history(children[name].info.run_id, "validation_accuracy")

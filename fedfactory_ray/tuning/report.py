@@ -39,7 +39,7 @@ class Line:
     @property
     def rank(self) -> tuple[bool, float, float]:
         """Place in the table: by accuracy, then loss, failed trials at the end."""
-        if self.accuracy is None or self.loss is None:
+        if self.outcome == "failed" or self.accuracy is None or self.loss is None:
             return True, 0.0, 0.0
         return False, -self.accuracy, math.inf if math.isnan(self.loss) else self.loss
 
@@ -63,7 +63,9 @@ class Study:
 def study_table(study: Study) -> Table:
     """The table at the end."""
     table = Table(title=f"{study.name}, best first", title_justify="left")
-    for name in study.lines[0].settings:
+    fields = list(study.lines[0].settings)
+    short = [name.rpartition(".")[2] for name in fields]
+    for name in short if len(set(short)) == len(short) else fields:
         table.add_column(name, justify="right", overflow="fold")
     for name in ("validation accuracy", "loss", study.unit, "seconds", ""):
         table.add_column(name, justify="right", overflow="fold")

@@ -66,7 +66,8 @@ def make_trials(config: Config, method: str, search: Sequence[str], trials: int 
     if trials is not None and trials < 1:
         raise ConfigError([f"--trials: found {trials}, needed at least 1"])
     if config.modules is not None or (config.apart and method != METHOD):
-        raise ConfigError([f"modules from files or partition natural: {method} cannot be tuned without all images"])
+        apart = "modules from files" if config.modules is not None else "partition natural"
+        raise ConfigError([f"--method {method} with {apart}: needed all training images where it runs"])
     dimensions = parse_search(search, config, SECTIONS[method])
     found: dict[str, Trial] = {}
     problems: list[str] = []
