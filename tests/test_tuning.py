@@ -332,14 +332,18 @@ def test_the_factorys_trials_share_modules_and_images(
     cluster: None, tmp_path: Path, blind: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = Config.model_validate(tree(tmp_path, blind))
+    short = {
+        "generator": SMALL["generator"] | {"min_steps": 5, "max_steps": 5},
+        "classifier": SMALL["classifier"] | {"epochs": 2},
+    }
+    config = Config.model_validate(tree(tmp_path, blind, **short))
     found = quietly(config, "fedfactory", "synthesis.images_per_class=16,48")
     study = tmp_path / "runs" / "tune-fedfactory-small"
     made = times(study, "modules-*/modules/**/*", "images-*/synthetic/**/*")
     assert sum("model.safetensors" in file for file in made) == 6
     assert sum(".parquet" in file for file in made) == 21
     assert len({file.split("/modules/")[0] for file in made if "/modules/" in file}) == 1
-    assert {line.steps for line in found.lines} == {4}
+    assert {line.steps for line in found.lines} == {2}
     assert all(0 <= line.accuracy <= 1 for line in found.lines)
 
     more = quietly(config, "fedfactory", "synthesis.images_per_class=16,48", "classifier.learning_rate=0.002")
