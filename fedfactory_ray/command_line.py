@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,18 @@ def make_config(preset: str = "digits", file: str | None = None, overrides: Sequ
 
 
 def _combine(values: dict[str, Any], overrides: Sequence[str]) -> Config:
-    try:
+    with _explained():
         return CliApp.run(Config, cli_args=list(overrides), **values)
-    except ValidationError as error:
-        raise ConfigError([_explain(problem) for problem in error.errors()]) from error
+
+
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    """`config` with `changes`, values by dotted field. Raises ConfigError."""
+    tree: dict[str, Any] = config.model_dump()
+    for name, value in changes.items():
+        *sections, field = name.split(".")
+        tree = merge(tree, reduce(lambda inner, section: {section: inner}, reversed(sections), {field: value}))
+    with _explained():
+        return Config.model_validate(tree)
 
 
 def stored_config(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -111,6 +121,15 @@ class _Help(argparse.Action):
         lines = "\n".join(f"  {name:16} {preset.description}" for name, preset in PRESETS.items())
         print(f"{parser.format_help()}\npresets:\n{lines}\n\nEvery setting, with its default (preset `digits`):\n")
         CliApp.run(Config, cli_args=["--help"])
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Raise a ConfigError with every problem of a configuration that does not validate."""
+    try:
+        yield
+    except ValidationError as error:
+        raise ConfigError([_explain(problem) for problem in error.errors()]) from error
 
 
 def _explain(problem: Any) -> str:

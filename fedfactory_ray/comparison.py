@@ -195,7 +195,7 @@ def run_local(session: Session, federation: Federation, folders: dict[str, str])
 
 def run_federated(session: Session, federation: Federation, method: str, run: Run) -> Federated:
     """A federated method; its curves are logged as they grow."""
-    from fedfactory_ray.baselines.methods import METHODS
+    from fedfactory_ray.baselines.methods import make_method
 
     config, logged = session.config.federated, set()
 
@@ -209,7 +209,7 @@ def run_federated(session: Session, federation: Federation, method: str, run: Ru
             shown.update(done.round, f"validation accuracy {done.validation_accuracy:.3f}")
             log(done)
 
-        finished = federation.run(method, METHODS[method](config), on_round)
+        finished = federation.run(method, make_method(method, config), on_round)
     for done in finished.history:
         if done.round not in logged:  # of an earlier start of the run
             log(done)

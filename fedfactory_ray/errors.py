@@ -26,6 +26,7 @@ class ConfigError(FedFactoryError):
     """A setting is unknown, of the wrong type, or impossible together with others."""
 
     def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
         lines = "\n".join(f"  - {problem}" for problem in problems)
         super().__init__(f"The configuration cannot be used:\n{lines}\nNothing was started.")
 

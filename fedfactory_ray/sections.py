@@ -297,8 +297,8 @@ class FederatedConfig(Section):
     """Passes of a client over its own images in a round."""
     client_fraction: float = Field(1.0, gt=0, le=1)
     """Share of the clients that take part in a round, drawn anew each time; at least one."""
-    client_lr: float = Field(0.03, gt=0)
-    """Learning rate of the clients' SGD."""
+    client_lr: float | None = Field(None, gt=0)
+    """Learning rate of the clients' SGD; default: the method's own, `client_lr` in its file in baselines/."""
     server_lr: float = Field(1.0, gt=0)
     """Step of the server towards the clients' average (`fedavg`, `fedprox`, `scaffold`)."""
     weight_decay: float = Field(1e-4, ge=0)

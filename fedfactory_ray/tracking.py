@@ -173,7 +173,7 @@ class Curves:
         """Log an epoch's figures, unless an attempt that broke off told them already."""
         if epoch.epoch not in self.logged:
             self.logged.add(epoch.epoch)
-            figures = {k: v for k, v in vars(epoch).items() if k not in ("epoch", "epochs")}
+            figures = {k: v for k, v in vars(epoch).items() if k not in ("epoch", "epochs") and v is not None}
             self.run.metrics(figures, step=epoch.epoch)
 
     def rest(self, history: Iterable[Epoch]) -> None:

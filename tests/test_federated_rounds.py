@@ -18,7 +18,7 @@ from fedfactory_ray.baselines import rounds
 from fedfactory_ray.baselines.alone import alone_recipe
 from fedfactory_ray.baselines.fedavg import FedAvg
 from fedfactory_ray.baselines.learner import Images, Learner, held_back, pack, unpack
-from fedfactory_ray.baselines.methods import METHODS
+from fedfactory_ray.baselines.methods import METHODS, make_method
 from fedfactory_ray.baselines.rounds import Federation, Round
 from fedfactory_ray.classification.models import Task, make_classifier
 from fedfactory_ray.cluster import Worker
@@ -91,8 +91,8 @@ def test_weights_depend_neither_on_the_number_of_actors_nor_on_deaths_and_breaks
         storage = Storage(str(tmp_path / str(slots)))
         with Federation(settings, partition, TASK, Worker(0.5, 0.0, 1, slots), storage) as federation:
             assert len(set(federation.slot.values())) == slots
-            for name, make in METHODS.items():
-                method, heard = make(settings.federated), []
+            for name in METHODS:
+                method, heard = make_method(name, settings.federated), []
                 if slots == 1 and name in ("scaffold", "feddyn"):
                     with pytest.raises(Interrupted):
                         federation.run(name, method, stop_at(3, heard, federation.slot["client-000"]))
@@ -174,7 +174,7 @@ def test_bytes_are_those_of_the_messages(here: None, data: Path, tmp_path: Path)
     clients, drawn = 5, 3
     expected = {"fedavg": (1, 0), "fedprox": (1, 0), "scaffold": (2, 1), "feddyn": (1, 0)}
     for name, (up, extra) in expected.items():
-        first, second = federation.run(name, METHODS[name](settings.federated), lambda _: None).history
+        first, second = federation.run(name, make_method(name, settings.federated), lambda _: None).history
         for done, sent in ((first, drawn + clients), (second, clients)):
             assert done.clients == drawn
             assert done.bytes_up == pytest.approx(drawn * up * vector, rel=0.001)
@@ -190,8 +190,8 @@ def test_a_method_ends_when_no_round_is_better_and_keeps_the_best(here: None, da
 
 
 def test_a_method_that_diverges_ends_with_the_weights_from_before(here: None, data: Path, tmp_path: Path) -> None:
-    settings = config(data, client_lr=1e30)
-    done = federation_here(settings, data, tmp_path).run("fedavg", FedAvg(), lambda _: None)
+    settings = config(data)
+    done = federation_here(settings, data, tmp_path).run("fedavg", FedAvg(client_lr=1e30), lambda _: None)
     assert done.history[-1].diverged
     assert done.chosen == 0
     first = Learner(settings, TASK, torch.device("cpu")).network.state_dict()
@@ -206,8 +206,17 @@ def test_another_setting_makes_a_method_run_again_and_another_methods_does_not(
     for label, changes in {"first": {}, "lr": {"client_lr": 0.05}, "mu": {"client_lr": 0.05, "prox_mu": 3.0}}.items():
         settings = config(data, rounds=1, **changes)
         heard[label] = []
-        federation_here(settings, data, tmp_path).run("fedavg", FedAvg(), heard[label].append)
+        method = make_method("fedavg", settings.federated)
+        federation_here(settings, data, tmp_path).run("fedavg", method, heard[label].append)
     assert [len(each) for each in heard.values()] == [1, 1, 0]
+
+
+def test_every_method_has_a_learning_rate_of_its_own_until_one_is_set(data: Path) -> None:
+    for name in METHODS:
+        own = make_method(name, config(data, client_lr=None).federated)
+        assert own.client_lr == type(own).client_lr == METHODS[name](config(data).federated).client_lr
+        assert make_method(name, config(data, client_lr=0.5).federated).client_lr == 0.5
+        assert vars(own)["client_lr"] == own.client_lr  # so that it enters the fingerprint
 
 
 def test_all_clients_learn_when_labels_are_shared(here: None, data: Path, tmp_path: Path) -> None:

@@ -28,19 +28,11 @@ def real_rows(config: Config, partition: Partition, info: DataInfo) -> Rows:
     return Rows(ray.data.from_arrow_refs(references), digest, len(indices), len(indices))
 
 
-@ray.remote
+@ray.remote(scheduling_strategy="DEFAULT")  # else it waits for room in the placement group of a tuner's trial
 def _read_block(config: Config, indices: np.ndarray, start: int) -> pa.Table:
     from fedfactory_ray.data.sources import open_source
-    from fedfactory_ray.synthesis.shard import image_column
+    from fedfactory_ray.synthesis.shard import image_table
 
     source = open_source(config.data)
-    order = np.argsort(indices, kind="stable")
-    return pa.table(
-        {
-            "image": image_column(source.images("train", indices[order])),
-            "label": source.labels("train")[indices[order]],
-            "client": pa.array(["real"] * len(indices)),
-            "unit": np.zeros(len(indices), np.int64),
-            "index": np.arange(start, start + len(indices)),
-        }
-    )
+    indices = np.sort(indices)
+    return image_table(source.images("train", indices), source.labels("train")[indices], "real", start)

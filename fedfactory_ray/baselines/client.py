@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import pyarrow as pa
 import ray
 import safetensors.torch
 import torch
@@ -22,7 +21,7 @@ from fedfactory_ray.devices import assigned_device, prepare_process
 from fedfactory_ray.sections import ClassifierConfig, WorkerResources
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.storage import Storage
-from fedfactory_ray.synthesis.shard import image_column
+from fedfactory_ray.synthesis.shard import image_table
 
 RESTARTS = 2
 
@@ -44,7 +43,8 @@ class Sizes:
     extras: int
 
 
-@ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS)
+# The default strategy, else it waits for room in the placement group of a tuner's trial.
+@ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS, scheduling_strategy="DEFAULT")
 class FederatedClient:
     """A slot for the clients in `shares` (client → class → indices), with the same resources as a factory's client.
 
@@ -82,7 +82,7 @@ class FederatedClient:
         self.learner.load(received)
         seed = derive_seed(self.config.seed, "federated", client, round_)
         gradients = self.learner.gradients(training, seed)
-        vectors, new = train_locally(method, received, old, gradients, self.config.federated.client_lr)
+        vectors, new = train_locally(method, received, old, gradients, method.client_lr)
         if self.learner.buffers:
             vectors = vectors | {"buffers": self.learner.model()["buffers"]}
         upload = pack(vectors)
@@ -101,10 +101,11 @@ class FederatedClient:
         """
         training, validation = self.images(client)
         seed = derive_seed(self.config.seed, "classifier")
-        sides = [
-            HeldBatches(_table(side, client), self.task.image_shape, recipe.batch_size, seed, 0, 1)
+        tables = [
+            image_table(side.images.numpy(), side.labels.numpy(), client)
             for side in (training, validation if len(validation.labels) else training)
         ]
+        sides = [HeldBatches(table, self.task.image_shape, recipe.batch_size, seed, 0, 1) for table in tables]
         steps = len(training.labels) // min(recipe.batch_size, len(training.labels))
         fit = Fit(recipe, self.task, steps, seed, self.device)
         for _ in fit.epochs(*sides):
@@ -125,19 +126,6 @@ class FederatedClient:
     def load_state(self, storage: Storage, file: str) -> bytes:
         """Read a client's state from a checkpoint."""
         return storage.read(file)
-
-
-def _table(data: Images, client: str) -> pa.Table:
-    n = len(data.labels)
-    return pa.table(
-        {
-            "image": image_column(data.images.numpy()),
-            "label": data.labels.numpy(),
-            "client": pa.array([client] * n),
-            "unit": np.zeros(n, np.int64),
-            "index": np.arange(n),
-        }
-    )
 
 
 @ray.remote(num_cpus=0, max_restarts=RESTARTS, max_task_retries=RESTARTS)

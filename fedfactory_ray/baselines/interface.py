@@ -7,7 +7,7 @@ round the server sends its weights x to the clients S; each takes K local steps 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ class Update:
     vectors: Vectors
 
 
+@dataclass(frozen=True)
 class Method:
     """Base of the methods, with FedAvg's formulas; a method overrides what it changes. Instances hold settings only.
 
@@ -32,7 +33,9 @@ class Method:
     adds; `state` what the client keeps from one of its rounds to its next.
     """
 
-    server_lr: float = 1.0
+    client_lr: float = field(default=0.03, kw_only=True)
+    """η_l: learning rate of the clients' SGD. A method for which another one is better gives its own default."""
+    server_lr = 1.0
 
     def start_server(self, weights: Tensor) -> Vectors:
         """The server's vectors before the first round."""

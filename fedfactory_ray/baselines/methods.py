@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from fedfactory_ray.baselines.fedavg import FedAvg
 from fedfactory_ray.baselines.feddyn import FedDyn
@@ -18,3 +19,9 @@ METHODS: dict[str, Callable[[FederatedConfig], Method]] = {
     "feddyn": lambda settings: FedDyn(settings.feddyn_alpha),
 }
 """How each is made of the configuration; its instance, a frozen dataclass, holds the settings that it depends on."""
+
+
+def make_method(name: str, settings: FederatedConfig) -> Method:
+    """The method `name` as configured: with its own default learning rate where none is set."""
+    method = METHODS[name](settings)
+    return method if settings.client_lr is None else replace(method, client_lr=settings.client_lr)

@@ -155,7 +155,7 @@ class Federation:
 
     def fingerprint(self, method: Method) -> str:
         """SHA-256 of all that determines the method's result."""
-        shared = {"rounds", "patience", "local_epochs", "client_fraction", "client_lr", "weight_decay", "grad_clip"}
+        shared = {"rounds", "patience", "local_epochs", "client_fraction", "weight_decay", "grad_clip"}
         content = [
             [type(method).__name__, vars(method)],
             self.config.federated.model_dump(mode="json", include=shared | {"validation_every"}),

@@ -27,13 +27,15 @@ PROGRESS = "fit.json"
 
 @dataclass(frozen=True)
 class Epoch:
-    """Progress of a fit."""
+    """Progress of a fit; `real_*` tell of the real validation split, where the fit is judged on it."""
 
     epoch: int
     epochs: int
     train_loss: float
     validation_loss: float
     validation_accuracy: float
+    real_loss: float | None = None
+    real_accuracy: float | None = None
 
 
 def make_optimizer(config: ClassifierConfig, network: nn.Module) -> torch.optim.Optimizer:
@@ -83,13 +85,17 @@ class Fit:
         self.best: Epoch | None = None
         self.best_weights: dict[str, Tensor] = {}
 
-    def epochs(self, training: Batches, validation: Batches) -> Iterator[Epoch]:
-        """Fit epoch by epoch, going on behind the loaded checkpoint if there is one."""
+    def epochs(self, training: Batches, validation: Batches, real: Batches | None = None) -> Iterator[Epoch]:
+        """Fit epoch by epoch, going on behind the loaded checkpoint if there is one.
+
+        `validation` chooses the epoch; what is told of `real` changes nothing.
+        """
         model = self.wrap(self.network)
         for epoch in range(len(self.history), self.recipe.epochs):
             loss = self._train(model, training, epoch)
             validation_loss, accuracy = self._validate(validation)
-            done = Epoch(epoch + 1, self.recipe.epochs, loss, validation_loss, accuracy)
+            judged = self._validate(real) if real is not None else (None, None)
+            done = Epoch(epoch + 1, self.recipe.epochs, loss, validation_loss, accuracy, *judged)
             self.history.append(done)
             if self.best is None or done.validation_loss <= self.best.validation_loss:
                 self.best = done

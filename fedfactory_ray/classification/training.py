@@ -47,11 +47,13 @@ def fit(
     storage: Storage,
     name: str,
     listen: Callable[[Epoch], None],
+    judged: bool = False,
 ) -> Classifier:
     """Fit the configured classifier on `rows` and keep it in storage under classifier/`name`.
 
     A classifier that is there already, fitted on rows of the same digest with the same recipe, is not fitted again;
-    a fit that broke off goes on from its last checkpoint. The best epoch by validation loss is kept.
+    a fit that broke off goes on from its last checkpoint. The best epoch by validation loss is kept. Where the fit is
+    `judged`, every epoch also tells of the real validation split.
     """
     folder = f"classifier/{name}"
     fingerprint = fit_fingerprint(config, rows.digest)
@@ -81,6 +83,7 @@ def fit(
         "unit_size": rows.unit_size,
         "steps": max(1, int(rows.images * (1 - fraction)) // config.classifier.batch_size),
         "queue": queue,
+        "judged": judged,
     }
     trainer = ray.train.torch.TorchTrainer(
         _fit_on_worker,
@@ -185,6 +188,7 @@ def _fit_on_worker(settings: dict[str, Any]) -> None:
     device = prepare_process(settings["resources"], chosen)
     seed = derive_seed(config.seed, "classifier")
     training, validation = _batches(config, settings, seed, rank, world)
+    real = _real_batches(config, settings["task"], rank, world) if settings["judged"] else None
     fit = Fit(
         config.classifier,
         settings["task"],
@@ -199,7 +203,7 @@ def _fit_on_worker(settings: dict[str, Any]) -> None:
     if checkpoint:
         with checkpoint.as_directory() as folder:
             fit.load(folder)
-    for epoch in fit.epochs(training, validation):
+    for epoch in fit.epochs(training, validation, real):
         if rank == 0:
             settings["queue"].put(epoch)
         # A report waits until the controller polls, every 2 s: only checkpoints are worth that.
@@ -229,3 +233,13 @@ def _batches(config: Config, settings: dict[str, Any], seed: int, rank: int, wor
         StreamedBatches(ray.train.get_dataset_shard("train"), shape, size // world, seed, settings["steps"]),
         StreamedBatches(ray.train.get_dataset_shard("validation"), shape, size, seed, settings["steps"]),
     )
+
+
+def _real_batches(config: Config, task: Task, rank: int, world: int) -> Batches:
+    """The real validation split, every worker its part."""
+    from fedfactory_ray.data.sources import open_source
+    from fedfactory_ray.synthesis.shard import image_table
+
+    source = open_source(config.data)
+    table = image_table(source.images("val"), source.labels("val"), "real")
+    return HeldBatches(table, task.image_shape, config.classifier.batch_size, 0, rank, world)

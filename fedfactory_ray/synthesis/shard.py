@@ -28,6 +28,20 @@ def image_column(images: np.ndarray) -> pa.FixedSizeListArray:
     return pa.FixedSizeListArray.from_arrays(flat, int(np.prod(images.shape[1:])))
 
 
+def image_table(images: np.ndarray, labels: np.ndarray, client: str, start: int = 0) -> pa.Table:
+    """Images of `client` that no module drew, uint8 (n, H, W, C), as a classifier's rows, with places from `start`."""
+    n = len(labels)
+    return pa.table(
+        {
+            "image": image_column(images),
+            "label": labels,
+            "client": pa.array([client] * n),
+            "unit": np.zeros(n, np.int64),
+            "index": np.arange(start, start + n),
+        }
+    )
+
+
 def images_of(table: pa.Table, shape: tuple[int, int, int]) -> np.ndarray:
     """Column `image` of a table as uint8 (n, H, W, C), read-only; `shape` is (H, W, C)."""
     column = table.column("image").combine_chunks()

@@ -1,0 +1,1 @@
+"""Hyper-parameters: a search over any fields that matter to a method, on validation images."""

@@ -1,0 +1,126 @@
+"""What the factory's trials share: modules and synthetic images are made once for all settings that agree on them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import ray
+
+from fedfactory_ray.config import Config
+from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.storage import Storage
+from fedfactory_ray.synthesis.plan import make_units
+from fedfactory_ray.synthesis.synthesize import Shard
+
+if TYPE_CHECKING:
+    from fedfactory_ray.classification.rows import Rows
+    from fedfactory_ray.pipeline import Modules
+    from fedfactory_ray.session import Session
+    from fedfactory_ray.tracking import ClientRun, Run
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Synthetic images in storage, as many a class as the greediest of the trials that share them asks for."""
+
+    storage: Storage
+    cards: Sequence[ModuleCard]
+    manifest: Sequence[Shard]
+
+    def rows(self, config: Config) -> Rows:
+        """The rows that `config` asks for: those that a run of it would draw, for quotas are prefix-extending."""
+        from fedfactory_ray.classification.rows import shard_rows
+
+        synthesis = config.synthesis
+        units = make_units(self.cards, synthesis.images_per_class, synthesis.unit_size, config.seed)
+        wanted = {unit.file: unit.n for unit in units}
+        shards = [replace(shard, n=wanted[shard.file]) for shard in self.manifest if shard.file in wanted]
+        whole = all(shard.n == wanted.get(shard.file, shard.n) for shard in self.manifest)
+        names = [shard.rows_sha256 if whole else f"{shard.rows_sha256} {shard.n}" for shard in shards]
+        rows = shard_rows(
+            self.storage, shards, hashlib.sha256("".join(names).encode()).hexdigest(), synthesis.unit_size
+        )
+        if whole:
+            return rows
+        sizes = {(shard.client, shard.label, shard.unit): shard.n for shard in shards}
+        return replace(rows, dataset=rows.dataset.map_batches(_first, fn_args=[sizes], batch_format="pyarrow"))
+
+
+def _first(table: pa.Table, sizes: Mapping[tuple[str, int, int], int]) -> pa.Table:
+    """The first rows of each unit, as many as `sizes` (client, label, unit → n) tells."""
+    rows = zip(*(table[name].to_pylist() for name in ("client", "label", "unit", "index")), strict=True)
+    return table.filter(pa.array([index < sizes[client, label, unit] for client, label, unit, index in rows]))
+
+
+def settings_of_modules(config: Config) -> dict[str, Any]:
+    """What determines the modules."""
+    tree = config.determining()
+    return {name: tree[name] for name in ("seed", "data", "partition", "generator")} | {
+        "threads": tree["resources"]["threads"]["client"]
+    }
+
+
+def settings_of_images(config: Config) -> dict[str, Any]:
+    """What determines the synthetic images, but for their number."""
+    tree = config.determining()
+    del tree["synthesis"]["images_per_class"]
+    return {"modules": settings_of_modules(config), "threads": tree["resources"]["threads"]["synthesis"]} | {
+        name: tree[name] for name in ("sampler", "synthesis")
+    }
+
+
+def digest(settings: Mapping[str, Any]) -> str:
+    """A short name for settings."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def make_drawn(sessions: Sequence[Session]) -> dict[str, Drawn]:
+    """Train the modules and draw the images for these sessions, one a trial, all with the same storage; returns them by
+    the digest of `settings_of_images`. What several share is made once, and what is there and verifies is not made."""
+    from fedfactory_ray.pipeline import draw_images
+
+    modules: dict[str, Modules] = {}
+    drawn: dict[str, Drawn] = {}
+    for session in sorted(sessions, key=lambda session: -session.config.synthesis.images_per_class):
+        by_modules, by_images = (digest(of(session.config)) for of in (settings_of_modules, settings_of_images))
+        if by_modules not in modules:
+            modules[by_modules] = train_modules(session, f"modules-{by_modules}")
+        if by_images not in drawn:
+            inner = _within(session, f"images-{by_images}")
+            manifest = draw_images(inner, modules[by_modules])
+            inner.run.end()
+            drawn[by_images] = Drawn(inner.storage, [h.card for h in modules[by_modules].values()], manifest)
+    return drawn
+
+
+def train_modules(session: Session, name: str) -> Modules:
+    """The session's modules, in the folder `name` of its storage, with references that outlive their clients."""
+    from fedfactory_ray import pipeline
+
+    inner = _within(session, name)
+    client_runs: dict[str, ClientRun] = {}
+    modules = pipeline.train_modules(inner, client_runs)
+    for client_run in client_runs.values():
+        client_run.flush().end()
+    inner.run.end()
+    # Images go to another folder, so whoever draws them finds no module there, should Ray lose one: it is read again.
+    files = {key: f"{handle.card.folder}/model.safetensors" for key, handle in modules.items()}
+    return {key: replace(handle, ref=_read.remote(inner.storage, files[key])) for key, handle in modules.items()}
+
+
+@ray.remote
+def _read(storage: Storage, name: str) -> bytes:
+    return storage.read(name)
+
+
+def _within(session: Session, name: str) -> Session:
+    """The session with a folder and an MLflow run of its own."""
+    logged: Future[Run] = Future()
+    logged.set_result(session.run.child(name))
+    return replace(session, storage=session.storage.within(name), logged=logged, seconds={})
