@@ -33,6 +33,8 @@ def connect(num_cpus: int | None = None) -> None:
         # Ray's C++ side writes harmless errors into the terminal, and on few cores warns of many processes.
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         os.environ.setdefault("RAY_worker_maximum_startup_concurrency", "8")
+        # Nobody takes this machine away with notice, so no process of Ray Train has to watch for that.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         ray.init(num_cpus=num_cpus, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
     quiet()
 

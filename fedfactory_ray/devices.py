@@ -36,7 +36,7 @@ def prepare_process(resources: WorkerResources, device: torch.device) -> torch.d
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(resources.threads)
     torch.backends.cudnn.benchmark = False
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms imports the compiler: seconds
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device

@@ -38,7 +38,7 @@ def table_of(found: dict[str, np.ndarray]) -> pa.Table:
 
 def make_rows() -> Rows:
     table = table_of(columns())
-    return Rows(ray.data.from_arrow([table.slice(0, 100), table.slice(100)]), "digest", 240, 60)
+    return Rows(lambda: table, lambda: ray.data.from_arrow([table.slice(0, 100), table.slice(100)]), "digest", 240, 60)
 
 
 def config(workers: int, **classifier: object) -> Config:

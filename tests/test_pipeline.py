@@ -127,7 +127,7 @@ def test_nothing_but_the_run_is_left_in_storage(finished: Finished) -> None:
     top = {path.name for path in finished.folder.iterdir()}
     assert top == {
         *("config.json", "partition.json", "partition.parquet", "manifest.json", "evaluation.json"),
-        "seconds.json",
+        *("seconds.json", "settings.json", "environment.json"),
         *("modules", "synthetic", "classifier"),
     }
     assert not list(finished.folder.glob("**/*.tmp"))

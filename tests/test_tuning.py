@@ -218,11 +218,16 @@ def test_fewer_images_a_class_are_the_first_of_each_clients_own(cluster: None, t
     whole, part = shared.rows(many), shared.rows(few)
     assert (whole.images, part.images) == (52, 20)
     assert whole.digest != part.digest
-    places = {(r["client"], r["label"], r["unit"], r["index"]): bytes(r["image"]) for r in whole.dataset.take_all()}
-    kept = {(r["client"], r["label"], r["unit"], r["index"]): bytes(r["image"]) for r in part.dataset.take_all()}
+
+    def by_place(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], bytes]:
+        return {(r["client"], r["label"], r["unit"], r["index"]): bytes(r["image"]) for r in rows}
+
+    places, kept = by_place(whole.table().to_pylist()), by_place(part.table().to_pylist())
     expected = {(u.client, u.label, u.index, i) for u in make_units(cards, 10, 8, 0) for i in range(u.n)}
     assert set(kept) == expected
     assert all(places[place] == image for place, image in kept.items())
+    assert by_place(whole.dataset().take_all()) == places
+    assert by_place(part.dataset().take_all()) == kept
 
 
 def card(client: str, label: int, images: int) -> ModuleCard:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -18,21 +19,29 @@ BLOCK_BYTES = 64 * 2**20
 
 
 def real_rows(config: Config, partition: Partition, info: DataInfo) -> Rows:
-    """All images of the partition as a classifier's rows. Tasks read them; the driver holds references."""
-    indices = np.concatenate([share for _, _, share in partition])
-    image_bytes = info.channels * info.resolution**2
-    blocks = np.array_split(indices, math.ceil(len(indices) * image_bytes / BLOCK_BYTES))
-    starts = np.cumsum([0, *(len(block) for block in blocks[:-1])])
-    references = [_read_block.remote(config, block, int(start)) for block, start in zip(blocks, starts, strict=True)]
+    """All images of the partition as a classifier's rows, which workers or tasks read, never the driver."""
+    indices = np.sort(np.concatenate([share for _, _, share in partition]))
     digest = hashlib.sha256(f"real\n{config.data.source}\n{info}\n{partition.sha256}".encode()).hexdigest()
-    return Rows(ray.data.from_arrow_refs(references), digest, len(indices), len(indices))
+    blocks = math.ceil(len(indices) * info.channels * info.resolution**2 / BLOCK_BYTES)
+    table, dataset = partial(_read, config, indices), partial(_stream, config, indices, blocks)
+    return Rows(table, dataset, digest, len(indices), len(indices))
 
 
-@ray.remote(scheduling_strategy="DEFAULT")  # else it waits for room in the placement group of a tuner's trial
-def _read_block(config: Config, indices: np.ndarray, start: int) -> pa.Table:
+def _read(config: Config, indices: np.ndarray, start: int = 0) -> pa.Table:
+    """The images at `indices`, in places from `start`."""
     from fedfactory_ray.data.sources import open_source
     from fedfactory_ray.synthesis.shard import image_table
 
     source = open_source(config.data)
-    indices = np.sort(indices)
     return image_table(source.images("train", indices), source.labels("train")[indices], "real", start)
+
+
+def _stream(config: Config, indices: np.ndarray, blocks: int) -> ray.data.Dataset:
+    """The same as a data set of so many blocks."""
+    # The default strategy, else they wait for room in the placement group of a tuner's trial.
+    read = ray.remote(scheduling_strategy="DEFAULT")(_read)
+    parts = np.array_split(indices, blocks)
+    starts = np.cumsum([0, *(len(part) for part in parts[:-1])])
+    return ray.data.from_arrow_refs(
+        [read.remote(config, part, int(start)) for part, start in zip(parts, starts, strict=True)]
+    )

@@ -134,7 +134,8 @@ def samplers(config: Config, options: argparse.Namespace) -> Table:
                     tables.append(to_table(unit, images))
         seconds, drawn = time.monotonic() - began, pa.concat_tables(tables)
         with tempfile.TemporaryDirectory() as scratch:
-            rows = Rows(ray.data.from_arrow(drawn), f"{solver}-{evaluations}", len(drawn), config.synthesis.unit_size)
+            name, unit_size = f"{solver}-{evaluations}", config.synthesis.unit_size
+            rows = Rows(lambda: drawn, lambda: ray.data.from_arrow(drawn), name, len(drawn), unit_size)  # noqa: B023
             classifier = fit(config, rows, task, worker, Storage(scratch), "benchmark", lambda epoch: None)
             network = load_network(config, task, Storage(scratch), classifier.folder)
         result = evaluate(predict(network, real, torch.device("cpu")), labels, config.seed)

@@ -1,15 +1,17 @@
-"""Training rows of a classifier: a Ray data set of (image, label) and of each image's place."""
+"""Training rows of a classifier: (image, label) and each image's place, read where they are needed."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import pyarrow as pa
 import ray
 
 from fedfactory_ray.storage import Storage
+from fedfactory_ray.synthesis.shard import read_shards
 from fedfactory_ray.synthesis.synthesize import Shard
 
 FILES_PER_TASK = 16
@@ -17,25 +19,31 @@ FILES_PER_TASK = 16
 
 @dataclass(frozen=True)
 class Rows:
-    """A data set. Columns: image (flat uint8), label, client, unit, index; `digest` names its content."""
+    """Rows with the columns image (flat uint8), label, client, unit, index; `digest` names their content.
 
-    dataset: ray.data.Dataset
+    `table` reads them all, in the process that calls it; `dataset` has Ray Data read them piece by piece, for rows that
+    do not fit in memory. Both pickle.
+    """
+
+    table: Callable[[], pa.Table]
+    dataset: Callable[[], ray.data.Dataset]
     digest: str
     images: int
     unit_size: int
 
 
 def shard_rows(storage: Storage, manifest: list[Shard], digest: str, unit_size: int) -> Rows:
-    """Rows of the synthetic Parquet shards, read by one task for every FILES_PER_TASK of them."""
-    dataset = ray.data.read_parquet(
-        [storage.path(shard.file) for shard in manifest],
+    """Rows of the synthetic Parquet shards."""
+    files = [shard.file for shard in manifest]
+    images = sum(shard.n for shard in manifest)
+    return Rows(partial(read_shards, storage, files), partial(_stream, storage, files), digest, images, unit_size)
+
+
+def _stream(storage: Storage, files: list[str]) -> ray.data.Dataset:
+    """The shards as a data set, read by one task for every FILES_PER_TASK of them."""
+    return ray.data.read_parquet(
+        [storage.path(file) for file in files],
         filesystem=storage.filesystem,
         columns=["image", "label", "client", "unit", "index"],
-        override_num_blocks=math.ceil(len(manifest) / FILES_PER_TASK),
+        override_num_blocks=math.ceil(len(files) / FILES_PER_TASK),
     )
-    return Rows(dataset, digest, sum(shard.n for shard in manifest), unit_size)
-
-
-def read_table(rows: Any) -> pa.Table:
-    """All rows of a worker's data set shard, in memory."""
-    return pa.concat_tables(rows.iter_batches(batch_size=None, batch_format="pyarrow")).combine_chunks()

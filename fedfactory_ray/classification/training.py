@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -21,11 +22,14 @@ from fedfactory_ray.classification.batches import Batches, HeldBatches, Streamed
 from fedfactory_ray.classification.card import WEIGHTS, verified_card
 from fedfactory_ray.classification.fitting import Epoch
 from fedfactory_ray.classification.models import Task
-from fedfactory_ray.classification.rows import Rows, read_table
+from fedfactory_ray.classification.rows import Rows
 from fedfactory_ray.cluster import Worker
 from fedfactory_ray.config import Config
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.storage import Storage
+
+POLL_SECONDS = "0.5"
+"""How often Ray Train's controller looks after its workers; by default every 2 s, for which short fits would wait."""
 
 
 @dataclass(frozen=True)
@@ -63,23 +67,24 @@ def fit(
     trainer_folder = f"train-{name}-{fingerprint[:16]}"
     fraction = config.classifier.validation_fraction
     held = rows.images * task.channels * task.resolution**2 <= config.classifier.in_memory_mb * 2**20
-    datasets = {"rows": rows.dataset}
+    datasets: dict[str, ray.data.Dataset] = {}
     if not held:
-        sides = {"train": False, "validation": True}
+        sides, dataset = {"train": False, "validation": True}, rows.dataset()
         datasets = {
-            name: rows.dataset.map_batches(
+            name: dataset.map_batches(
                 keep_side,
                 fn_kwargs={"unit_size": rows.unit_size, "fraction": fraction, "validation": side},
                 batch_format="pyarrow",
             )
             for name, side in sides.items()
         }
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
     queue = Queue(actor_options={"num_cpus": 0})
     settings = {
         "config": config,
         "task": task,
         "resources": worker.resources,
-        "held": held,
+        "table": rows.table if held else None,
         "unit_size": rows.unit_size,
         "steps": max(1, int(rows.images * (1 - fraction)) // config.classifier.batch_size),
         "queue": queue,
@@ -101,7 +106,7 @@ def fit(
             failure_config=ray.train.FailureConfig(max_failures=2),
         ),
         datasets=datasets,
-        dataset_config=ray.train.DataConfig(datasets_to_split=[] if held else ["train"]),
+        dataset_config=ray.train.DataConfig(datasets_to_split=["train"]) if datasets else None,
     )
     with _relay(queue, listen):
         checkpoint = trainer.fit().checkpoint
@@ -158,7 +163,7 @@ def _relay(queue: Queue, listen: Callable[[Epoch], None]) -> Iterator[None]:
     def relay() -> None:
         while True:
             try:
-                listen(queue.get(timeout=0.5))
+                listen(Epoch(**queue.get(timeout=0.5)))
             except Empty:
                 if done.is_set():
                     return
@@ -205,8 +210,8 @@ def _fit_on_worker(settings: dict[str, Any]) -> None:
             fit.load(folder)
     for epoch in fit.epochs(training, validation, real):
         if rank == 0:
-            settings["queue"].put(epoch)
-        # A report waits until the controller polls, every 2 s: only checkpoints are worth that.
+            settings["queue"].put(asdict(epoch))  # plain values, or the queue's process would import torch
+        # A report waits until the controller polls: only checkpoints are worth that.
         if epoch.epoch % config.classifier.checkpoint_every and epoch.epoch != epoch.epochs:
             continue
         if rank == 0:
@@ -224,8 +229,8 @@ def _batches(config: Config, settings: dict[str, Any], seed: int, rank: int, wor
         settings["task"].image_shape,
         config.classifier.validation_fraction,
     )
-    if settings["held"]:
-        table = read_table(ray.train.get_dataset_shard("rows"))
+    if settings["table"] is not None:
+        table = settings["table"]()
         sides = (keep_side(table, settings["unit_size"], fraction, validation) for validation in (False, True))
         training, validation = (HeldBatches(side, shape, size, seed, rank, world) for side in sides)
         return training, validation

@@ -85,8 +85,8 @@ def read_shards(storage: Storage, files: list[str]) -> pa.Table:
     }
     if not files:
         return pa.schema(columns.items()).empty_table()
-    tables = [pq.read_table(storage.path(file), filesystem=storage.filesystem, columns=[*columns]) for file in files]
-    return pa.concat_tables([table.replace_schema_metadata() for table in tables])
+    shards = pq.ParquetDataset([storage.path(file) for file in files], filesystem=storage.filesystem)
+    return shards.read([*columns]).replace_schema_metadata()
 
 
 def verified_digest(storage: Storage, unit: Unit) -> str | None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
@@ -49,11 +50,25 @@ class Drawn:
         if whole:
             return rows
         sizes = {(shard.client, shard.label, shard.unit): shard.n for shard in shards}
-        return replace(rows, dataset=rows.dataset.map_batches(_first, fn_args=[sizes], batch_format="pyarrow"))
+        return replace(
+            rows, table=partial(_first_read, rows.table, sizes), dataset=partial(_first_streamed, rows.dataset, sizes)
+        )
 
 
-def _first(table: pa.Table, sizes: Mapping[tuple[str, int, int], int]) -> pa.Table:
-    """The first rows of each unit, as many as `sizes` (client, label, unit → n) tells."""
+Sizes = Mapping[tuple[str, int, int], int]
+"""Images by unit: (client, label, index of the unit)."""
+
+
+def _first_read(table: Callable[[], pa.Table], sizes: Sizes) -> pa.Table:
+    return _first(table(), sizes)
+
+
+def _first_streamed(dataset: Callable[[], ray.data.Dataset], sizes: Sizes) -> ray.data.Dataset:
+    return dataset().map_batches(_first, fn_args=[sizes], batch_format="pyarrow")
+
+
+def _first(table: pa.Table, sizes: Sizes) -> pa.Table:
+    """The first rows of each unit, as many as `sizes` tells."""
     rows = zip(*(table[name].to_pylist() for name in ("client", "label", "unit", "index")), strict=True)
     return table.filter(pa.array([index < sizes[client, label, unit] for client, label, unit, index in rows]))
 
