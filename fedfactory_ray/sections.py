@@ -305,9 +305,9 @@ class FederatedConfig(Section):
     """L2 regularisation of the clients' loss."""
     grad_clip: float = Field(10.0, gt=0)
     """Largest norm of a batch's gradient, before the method corrects it."""
-    prox_mu: float = Field(0.01, ge=0)
+    prox_mu: float = Field(0.001, ge=0)
     """`fedprox`: weight of the proximal term."""
-    feddyn_alpha: float = Field(0.1, gt=0)
+    feddyn_alpha: float = Field(0.03, gt=0)
     """`feddyn`: weight of the dynamic regulariser."""
     validation_every: int = Field(10, ge=2)
     """Every so-many-th training image of each (client, class) is held back for the choice of the round."""

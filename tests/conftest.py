@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 # Several processes share few cores: threads that wait for one another shall not spin.
@@ -68,10 +70,15 @@ def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def undisturbed(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Digests of what the small job makes of `stripes` on this machine alone."""
+    """Digests of what the small job makes of `stripes` on this machine alone; made once for all test processes."""
     from small_runs import finish, start
 
-    folder = tmp_path_factory.mktemp("undisturbed")
-    found = finish(start(folder, stripes), folder)
-    assert len(found) == 6 * 2 + 21 + 1 + 2 + 2
-    return found
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "undisturbed"
+    with FileLock(f"{shared}.lock"):
+        if not (shared / "digests.json").exists():
+            shared.mkdir()
+            found = finish(start(shared, stripes), shared)
+            assert len(found) == 6 * 2 + 21 + 1 + 2 + 2
+            (shared / "digests.json").write_text(json.dumps(found))
+    return dict(json.loads((shared / "digests.json").read_text()))

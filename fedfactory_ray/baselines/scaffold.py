@@ -24,7 +24,7 @@ class Scaffold(Method):
     """
 
     server_lr: float = 1.0
-    client_lr: float = field(default=0.01, kw_only=True)
+    client_lr: float = field(default=0.1, kw_only=True)
 
     def start_server(self, weights: Tensor) -> Vectors:
         """See Method."""
