@@ -22,7 +22,7 @@ SMALL: dict[str, Any] = {
     "sampler": {"evaluations": 4},
     "synthesis": {"images_per_class": 48, "batch_size": 8, "unit_size": 8},
     "classifier": {"epochs": 4, "batch_size": 16, "checkpoint_every": 1},
-    "resources": {"classifier": {"threads": 1}},
+    "resources": {"classifier": {"threads": 1}, "max_actors": 1},
     "partition": {"scheme": "skew", "counts": [[30, 0, 10], [0, 25, 0], [10, 15, 30]]},
     "storage": {"checkpoint_seconds": 0.2},
 }

@@ -146,7 +146,7 @@ def test_experts_do_not_depend_on_the_number_of_actors_nor_on_the_classifier(
     both: Both, data: Path, tmp_path: Path
 ) -> None:
     without_experts(both, tmp_path)
-    resources = {"max_actors": 1, "classifier": {"threads": 1}}
+    resources = {"max_actors": 2, "classifier": {"threads": 1}}
     config = small_config(tmp_path, data, resources=resources, baselines=("none",), architecture="decentralised")
     alone = run(config, tmp_path)
     experts = file_digests(both.finished.folder, "experts/**/*.*")

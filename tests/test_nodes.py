@@ -102,7 +102,7 @@ def test_four_nodes_share_the_work_and_killed_ones_cost_no_row(
 ) -> None:
     run = tmp_path / "runs" / "small"
     with nodes(monkeypatch, {"num_cpus": 2}, *[{"num_cpus": 1}] * 3) as cluster:
-        job = start(tmp_path, stripes)
+        job = start(tmp_path, stripes, resources={"classifier": {"threads": 1}})
         # A client's actor in the middle of a module, behind a checkpoint; then a whole node while clients train.
         wait_for(lambda: list(run.glob("modules/*/*/checkpoint.safetensors")), job)
         wait_for(lambda: workers("ClientActor.train"), job)[0].kill()

@@ -30,7 +30,8 @@ SMALL = {
     "sampler": {"evaluations": 6},
     "synthesis": {"images_per_class": 40, "batch_size": 8, "unit_size": 16},
     "classifier": {"epochs": 4, "batch_size": 16, "checkpoint_every": 2},
-    "resources": {"classifier": {"threads": 1}},
+    # Tests run two at a time on two cores, and every process costs seconds of imports.
+    "resources": {"classifier": {"threads": 1}, "max_actors": 1},
     "partition": {"scheme": "skew", "counts": [[40, 0, 10], [0, 25, 0], [0, 15, 30]]},
 }
 
@@ -208,17 +209,17 @@ def test_another_configuration_under_the_same_name_is_refused(finished: Finished
 
 
 def test_bytes_do_not_depend_on_the_number_of_actors(finished: Finished, data: Path, tmp_path: Path) -> None:
-    alone = run(
-        small_config(tmp_path, data, resources={"max_actors": 1, "classifier": {"threads": 1}}, baselines=("none",)),
+    two = run(
+        small_config(tmp_path, data, resources={"max_actors": 2, "classifier": {"threads": 1}}, baselines=("none",)),
         tmp_path,
     )
     for pattern in ("modules/**/*", "synthetic/**/*", "classifier/fedfactory/*", "partition.*"):
         files = [p for p in finished.folder.glob(pattern) if p.is_file()]
         assert files
         for path in files:
-            other = alone.folder / path.relative_to(finished.folder)
+            other = two.folder / path.relative_to(finished.folder)
             assert other.read_bytes() == path.read_bytes(), path
-    assert alone.report.evaluations["fedfactory"] == finished.report.evaluations["fedfactory"]
+    assert two.report.evaluations["fedfactory"] == finished.report.evaluations["fedfactory"]
 
 
 def test_units_drawn_in_another_order_by_one_process_have_the_same_rows(finished: Finished) -> None:
@@ -262,6 +263,7 @@ def test_a_hundred_clients_share_two_slots(cluster: None, tmp_path: Path, monkey
         source,
         partition={"clients": 100, "min_size": 3},
         generator=SMALL["generator"] | {"min_steps": 2, "max_steps": 2},
+        resources={},
     )
     labels = np.load(source)["train_labels"].ravel()
     partition = make_partition(config.partition, labels, 3, 0)

@@ -21,6 +21,7 @@ from fedfactory_ray.unlearning.facts import read_facts
 DIGITS: dict[str, Any] = SMALL | {
     "name": "digits",
     "architecture": "both",
+    "resources": {"classifier": {"threads": 1}},
     "data": {"source": "digits"},
     "partition": {"scheme": "pathological", "clients": 5},  # two classes each: nobody else holds them
     "generator": SMALL["generator"] | {"min_steps": 15, "max_steps": 15},

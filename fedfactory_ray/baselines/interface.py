@@ -33,7 +33,7 @@ class Method:
     adds; `state` what the client keeps from one of its rounds to its next.
     """
 
-    client_lr: float = field(default=0.03, kw_only=True)
+    client_lr: float = field(default=0.1, kw_only=True)
     """η_l: learning rate of the clients' SGD. A method for which another one is better gives its own default."""
     server_lr = 1.0
 
