@@ -68,9 +68,17 @@ def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_npz(tmp_path_factory.mktemp("data") / "stripes.npz")
 
 
+HEAVY = ("test_unlearning_nodes.py", "test_nodes.py", "test_unlearning.py", "test_submit.py", "test_s3.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take longest go first, so that test processes side by side end together."""
+    items.sort(key=lambda item: HEAVY.index(item.path.name) if item.path.name in HEAVY else len(HEAVY))
+
+
 @pytest.fixture(scope="session")
-def undisturbed(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """Digests of what the small job makes of `stripes` on this machine alone; made once for all test processes."""
+def undisturbed_folder(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the small job ran on `stripes` on this machine alone; once for all test processes."""
     from small_runs import finish, start
 
     base = tmp_path_factory.getbasetemp()
@@ -81,4 +89,10 @@ def undisturbed(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
             found = finish(start(shared, stripes), shared)
             assert len(found) == 6 * 2 + 21 + 1 + 2 + 2
             (shared / "digests.json").write_text(json.dumps(found))
-    return dict(json.loads((shared / "digests.json").read_text()))
+    return shared
+
+
+@pytest.fixture(scope="session")
+def undisturbed(undisturbed_folder: Path) -> dict[str, str]:
+    """Digests of what it made."""
+    return dict(json.loads((undisturbed_folder / "digests.json").read_text()))

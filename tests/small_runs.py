@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {
     "name": "small",
     "baselines": ["none"],
-    "generator": {"channels": [8, 16], "min_steps": 60, "max_steps": 60, "batch_size": 16, "precision": "fp32"},
+    "generator": {"channels": [8, 16], "min_steps": 30, "max_steps": 30, "batch_size": 16, "precision": "fp32"},
     "sampler": {"evaluations": 4},
     "synthesis": {"images_per_class": 48, "batch_size": 8, "unit_size": 8},
     "classifier": {"epochs": 4, "batch_size": 16, "checkpoint_every": 1},
@@ -47,9 +47,10 @@ def start(folder: Path, data: Path, **changes: Any) -> subprocess.Popen[str]:
 
 
 def finish(job: subprocess.Popen[str], folder: Path) -> dict[str, str]:
-    """Digests of what the job made, by file."""
+    """Digests of what the job made, by file. What it printed goes into output.txt."""
     out, _ = job.communicate(timeout=LONGEST)
     assert job.returncode == 0, out
+    (folder / "output.txt").write_text(out)
     return digests(folder / "runs" / "small")
 
 
