@@ -280,7 +280,7 @@ def log_results(
             synthetic = {label: images for (c, label), images in drawn.items() if c == client}
             client_runs.setdefault(client, ClientRun(session.logged, client)).finish(
                 [card for card in cards if card.client == client],
-                plots.sample_grid(synthetic, result.examples, class_names, client),
+                plots.sample_grid(synthetic, result.examples, class_names, client) if synthetic else None,
             )
         images = sum(shard.n for shard in manifest)
         log_evaluation(session, result)

@@ -32,8 +32,19 @@ class Storage:
 
     def within(self, name: str) -> Storage:
         """The folder `name` as a storage of its own. Options of the address (`?endpoint_override=…`) stay."""
-        address, mark, options = self.uri.partition("?") if "://" in self.uri else (self.uri, "", "")
-        return Storage(f"{address.rstrip('/')}/{name}{mark}{options}")
+        address, options = _split(self.uri)
+        return Storage(f"{address.rstrip('/')}/{name}{options}")
+
+    @property
+    def name(self) -> str:
+        """The folder's own name."""
+        return posixpath.basename(_split(self.uri)[0].rstrip("/"))
+
+    @property
+    def parent(self) -> Storage:
+        """The folder that this one lies in."""
+        address, options = _split(self.uri)
+        return Storage(posixpath.dirname(address.rstrip("/")) + options)
 
     def exists(self, name: str) -> bool:
         """Whether a file of that name is there, whole."""
@@ -83,6 +94,11 @@ class Storage:
         if self.exists(name):
             self.filesystem.delete_file(self.path(name))
 
+    def delete_folder(self, name: str) -> None:
+        """Delete a folder with all that it holds, if it is there."""
+        if self.names(name):
+            self.filesystem.delete_dir(self.path(name))
+
     def prune(self) -> None:
         """Delete the folders in which no file is left."""
         kept = {posixpath.join(self.root, name) for name in self.names("")}
@@ -113,3 +129,9 @@ class Storage:
     def read_json(self, name: str) -> Any:
         """Read a JSON file."""
         return json.loads(self.read(name))
+
+
+def _split(uri: str) -> tuple[str, str]:
+    """An address, and its options with their question mark; a local path has none."""
+    address, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
+    return address, mark + options

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import ray
 
@@ -9,7 +11,7 @@ from fedfactory_ray.cluster import placement, refuse_unknown_places
 from fedfactory_ray.config import Config
 from fedfactory_ray.data.partition import Partition, make_partition
 from fedfactory_ray.data.source import DataInfo
-from fedfactory_ray.errors import DataInvalidError
+from fedfactory_ray.errors import DataInvalidError, PartitionError
 from fedfactory_ray.federation.exchange import read_cards
 from fedfactory_ray.generation.card import ModuleCard
 
@@ -25,9 +27,17 @@ def survey(config: Config) -> tuple[DataInfo, Partition, list[ModuleCard]]:
     if config.modules is not None:
         cards = read_cards(config.modules, info)
         counts = {card.key: card.images for card in cards}
-        partition = held_elsewhere(counts, info.classes).without(excluded)
+        partition = held_elsewhere(counts, info.classes)
+        partition = partition.without(still_held(partition, excluded))
         return info, partition, [card for card in cards if card.label in partition.shares.get(card.client, {})]
     if config.partition.scheme == "natural":
+        unknown = {entry.partition("/")[0] for entry in excluded} - {silo.name for silo in config.partition.silos}
+        if unknown:
+            raise PartitionError(
+                f"partition.exclude has {', '.join(sorted(unknown))}, unknown",
+                f"names of partition.silos: {', '.join(silo.name for silo in config.partition.silos)}",
+                "another entry in partition.exclude",
+            )
         taking_part = [silo for silo in config.partition.silos if silo.name not in excluded]
         refuse_unknown_places(taking_part)
         surveys = [
@@ -45,7 +55,8 @@ def survey(config: Config) -> tuple[DataInfo, Partition, list[ModuleCard]]:
             names = ", ".join(info.class_names[y] for y in missing)
             raise DataInvalidError("partition.silos", f"no silo with a training image of class {names}", "every class")
         classes = [entry for entry in excluded if "/" in entry]
-        return info, held_elsewhere(counts, info.classes).without(classes), []
+        partition = held_elsewhere(counts, info.classes)
+        return info, partition.without(still_held(partition, classes)), []
     return info, make_partition(config.partition, labels, info.classes, config.seed).without(excluded), []
 
 
@@ -55,6 +66,12 @@ def held_elsewhere(counts: dict[tuple[str, int], int], classes: int) -> Partitio
     for (client, label), n in sorted(counts.items()):
         shares.setdefault(client, {})[label] = np.arange(n)
     return Partition(classes, shares)
+
+
+def still_held(partition: Partition, excluded: Sequence[str]) -> list[str]:
+    """Those entries of `partition.exclude` whom the partition still holds: who was forgotten takes images away."""
+    held = {*partition.clients, *(f"{client}/{label}" for client, label, _ in partition)}
+    return [entry for entry in excluded if entry in held]
 
 
 @ray.remote

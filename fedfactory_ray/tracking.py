@@ -145,8 +145,8 @@ class ClientRun:
         self.points, self.flushed = [], time.monotonic()
         return self.run
 
-    def finish(self, cards: list[Any], grid: Figure) -> None:
-        """Log the client's modules and its picture, and end its run."""
+    def finish(self, cards: list[Any], grid: Figure | None) -> None:
+        """Log the client's modules and its picture, if images were drawn of them, and end its run."""
         run = self.flush()
         run.metrics(
             {
@@ -158,7 +158,8 @@ class ClientRun:
         for name, value in self.tags.items():
             run.tag(name, value)
         run.json([vars(card) for card in cards], "modules.json")
-        run.figure(grid, "samples.png")
+        if grid is not None:
+            run.figure(grid, "samples.png")
         run.end()
 
 

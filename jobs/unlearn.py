@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import getpass
-import posixpath
 import sys
 from typing import TYPE_CHECKING
 
@@ -60,23 +59,25 @@ def forget(arguments: list[str]) -> None:
     """Fulfil a request."""
     options, overrides = make_parser().parse_known_args(arguments)
     config = stored_config(options.run, overrides)
+    from fedfactory_ray.storage import Storage
     from fedfactory_ray.unlearning.forget import forget as fulfil
 
     console = Console()
     certificate = fulfil(
         config, options.client, options.classes, options.name, options.by, options.allow_inexact, console
     )
-    console.print(certificate_table(certificate, config.main_method))
-    place = f"{config.storage.uri}/{certificate.request.successor}/certificate.json"
+    console.print(certificate_table(certificate))
+    place = Storage(config.storage.uri).within(certificate.request.successor).within("certificate.json").uri
     console.print(f"certificate  {place}", soft_wrap=True, highlight=False)
     console.print(f"check it     python jobs/unlearn.py verify {place}", soft_wrap=True, highlight=False)
 
 
-def certificate_table(certificate: Certificate, method: str) -> Table:
+def certificate_table(certificate: Certificate) -> Table:
     """What a person wants to know of a fulfilled request."""
     from fedfactory_ray.unlearning.forget import held_recall
 
     request, spent, share = certificate.request, certificate.cost["spent"], certificate.cost["share"]
+    method = certificate.after.main_method
     table = Table(title=f"forgotten · {', '.join(request.exclude)}", title_justify="left", show_header=False)
     table.add_row("run", f"{request.run} (deleted) → {request.successor}")
     for kind, gone in certificate.deleted.items():
@@ -104,13 +105,15 @@ def certificate_table(certificate: Certificate, method: str) -> Table:
 def verify(arguments: list[str]) -> int:
     """Check a certificate; returns the exit status: 1 where a check fails."""
     options, overrides = make_verify_parser().parse_known_args(arguments)
-    runs, name = posixpath.split(posixpath.dirname(options.certificate))
-    config = stored_config(name, ["--storage.uri", runs or ".", *overrides])
+    from fedfactory_ray.storage import Storage
+
+    run = Storage(options.certificate).parent
+    config = stored_config(run.name, ["--storage.uri", run.parent.uri, *overrides])
     from fedfactory_ray.unlearning.verification import verify as check
 
     console = Console()
     _, checks = check(options.certificate, config, options.retrain, console)
-    table = Table(title=f"certificate · {name}", title_justify="left", show_header=False)
+    table = Table(title=f"certificate · {run.name}", title_justify="left", show_header=False)
     for each in checks:
         table.add_row(each.name, "[red]no[/red]: " + ", ".join(each.wrong[:5]) if each.wrong else "[green]yes[/green]")
     console.print(table)

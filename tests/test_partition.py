@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fedfactory_ray.data.partition import Partition, make_partition
 from fedfactory_ray.errors import PartitionError
 from fedfactory_ray.sections import PartitionConfig
+from fedfactory_ray.survey import held_elsewhere, still_held
 
 
 def labels_of(counts: list[int]) -> np.ndarray:
@@ -159,3 +160,9 @@ def test_the_order_of_exclusion_does_not_matter_and_a_client_covers_its_classes(
     one = PartitionConfig(exclude=("client-002", "client-001/3", "client-001", "client-000/1"))
     assert one.exclude == ("client-000/1", "client-001", "client-002")
     assert one == PartitionConfig(exclude=("client-001", "client-000/1", "client-002"))
+
+
+def test_who_was_forgotten_may_have_taken_the_images_away() -> None:
+    counts = {("north", 0): 3, ("north", 1): 2, ("south", 1): 4}
+    partition = held_elsewhere(counts, 2)
+    assert still_held(partition, ["north/0", "south", "west", "south/0"]) == ["north/0", "south"]

@@ -173,3 +173,19 @@ def test_what_json_cannot_hold_leaves_no_file(storage: Storage) -> None:
     with pytest.raises(TypeError):
         storage.write_json("a.json", {"a": {1, 2}})
     assert storage.names("") == []
+
+
+def test_a_folder_is_deleted_with_all_it_holds_or_was_not_there(storage: Storage) -> None:
+    storage.write("a/b/c.bin", b"1")
+    storage.write("d.bin", b"2")
+    storage.delete_folder("a")
+    storage.delete_folder("a")
+    assert storage.names("") == ["d.bin"]
+
+
+@pytest.mark.parametrize("uri", ["runs/one", "file:///runs/one", "s3://bucket/runs/one?region=us-east-1"])
+def test_a_folder_knows_its_name_and_its_parent_with_the_options_of_the_address(uri: str) -> None:
+    storage = Storage(uri)
+    assert storage.name == "one"
+    assert storage.parent.within("one").uri == storage.uri
+    assert storage.parent.name == "runs"

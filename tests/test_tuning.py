@@ -172,12 +172,13 @@ def test_poor_trials_stop_at_the_rungs_and_finished_ones_count() -> None:
     assert goes_on(0.1, steps=1) == 1
 
 
-def test_lines_are_ranked_by_accuracy_then_loss_and_failures_come_last() -> None:
+def test_lines_are_ranked_by_accuracy_then_loss_whole_trials_first_failures_last() -> None:
     figures = [(0.5, 1.0), (0.9, 2.0), (0.9, 1.0), (0.9, float("nan"))]
     records = [Record({"seed": str(i)}, [report(1, a, loss)], "whole") for i, (a, loss) in enumerate(figures)]
-    lines = [Line.of(record) for record in [Record({"seed": "9"}, [], "failed"), *records]]
+    stopped = Record({"seed": "8"}, [report(1, 0.95, 1.0)], "stopped early")
+    lines = [Line.of(record) for record in [Record({"seed": "9"}, [], "failed"), stopped, *records]]
     study = Study("s", "runs/s", "fedavg", "rounds", sorted(lines, key=lambda line: line.rank))
-    assert [line.settings["seed"] for line in study.lines] == ["2", "1", "3", "0", "9"]
+    assert [line.settings["seed"] for line in study.lines] == ["2", "1", "3", "0", "8", "9"]
     out = io.StringIO()
     Console(file=out, width=160).print(study_table(study))
     assert "0.9000" in out.getvalue()

@@ -9,6 +9,7 @@ import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -21,14 +22,17 @@ from test_pipeline import SMALL, small_config
 from fedfactory_ray import pipeline
 from fedfactory_ray.command_line import stored_config
 from fedfactory_ray.config import Config
-from fedfactory_ray.errors import ForgottenError, UnlearningError
+from fedfactory_ray.errors import ForgottenError, RunConflictError, UnlearningError
+from fedfactory_ray.sections import TrackingConfig
 from fedfactory_ray.session import FORGETTING, FORGOTTEN, open_session
 from fedfactory_ray.storage import Storage
 from fedfactory_ray.unlearning import forget as forgetting
-from fedfactory_ray.unlearning.certificate import CERTIFICATE, Certificate, audit_lines
+from fedfactory_ray.unlearning.certificate import Certificate, audit_lines
+from fedfactory_ray.unlearning.deletion import CERTIFICATE, PENDING
 from fedfactory_ray.unlearning.facts import Facts, read_facts
 from fedfactory_ray.unlearning.forget import forget, held_recall, recalls
-from fedfactory_ray.unlearning.verification import differences, verify
+from fedfactory_ray.unlearning.request import Request
+from fedfactory_ray.unlearning.verification import differences, left_in_new, verify
 
 # Class 0 is held by clients 0 and 3 alone; client 0 holds the quota of it, so its expert never sees the pool's.
 COUNTS = [[40, 0, 10], [0, 25, 0], [0, 15, 30], [15, 0, 0]]
@@ -249,7 +253,42 @@ def test_the_order_of_requests_does_not_matter(
         b_then_a.facts("small-without-client-000-without-client-003").digests(),
     ]
     assert found[0] == found[1] == both_gone[1].after.digests()
-    assert len(audit_lines(a_then_b.run("small-without-client-003-without-client-000"))) == 2
+    last = "small-without-client-003-without-client-000"
+    assert len(audit_lines(a_then_b.run(last))) == 2
+    # MLflow's runs of both are gone, also those of the first run, from which only one was forgotten directly.
+    store = mlflow.MlflowClient(f"sqlite:///{a_then_b.folder}/mlflow.db")
+    names = {run.info.run_name for run in store.search_runs(["1"])}
+    assert {"client-001", "expert-client-001"} <= names
+    assert not names & {"client-000", "client-003", "expert-client-000", "expert-client-003"}
+    # The first request again tells what became of it; its cost and the second's are shares of the same run.
+    first, second = (Certificate.from_json(a_then_b.run(name).read(CERTIFICATE)) for name in (last[:24], last))
+    assert a_then_b.forget("client-003") == first
+    assert first.cost["original_run"] == second.cost["original_run"]
+    with pytest.raises(ForgottenError, match=f"its successor {last}"):
+        verify(f"{a_then_b.run(last[:24]).uri}/{CERTIFICATE}", a_then_b.config(last[:24]), False, OUT)
+    # What jobs/compare.py adds to the new run is no residue; what it would add of the forgotten is.
+    new = a_then_b.run(last)
+    for folder in ("classifier/fedfactory", "classifier/fedavg", "experts/client-000"):
+        new.write(f"{folder}/model.safetensors", b"")
+    assert left_in_new(new, second.after, second.deleted) == [f"{new.uri}/experts/client-000/model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("exclude", "clients", "classes", "asked"),
+    [
+        (("a",), ["a"], [], True),
+        (("a",), ["a"], [1], True),  # all of its classes
+        (("a/2",), ["a"], [2], True),
+        (("a/2",), ["a"], [1, 2], False),
+        (("a/2",), ["a"], [], False),
+        (("a", "b/1"), ["b", "a"], [1], True),
+        (("a",), ["a", "b"], [], False),
+    ],
+)
+def test_a_request_is_recognised_by_all_that_it_asks_for(
+    exclude: tuple[str, ...], clients: list[str], classes: list[int], asked: bool
+) -> None:
+    assert Request("run", exclude, "new", "somebody", "now").asks(clients, classes) is asked
 
 
 class Killed(BaseException):
@@ -283,16 +322,24 @@ def test_killed_anywhere_the_same_command_finishes_it(
     die_at(Storage, "copy", lambda _, __, file: copies.append(file) or len(copies) > 4)
     die_at(pipeline, "fit_experts", lambda *_: True)
     die_at(forgetting, "read_facts", lambda storage: storage.uri == new.uri)
-    # Until then the old run is whole, and neither half is taken for a result.
-    assert content(place.folder / "runs" / "small") == before
+    # One expert that cannot be fitted is one too many.
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "run_phases", lambda session: SimpleNamespace(missing={"client-002": "no memory"}))
+        with pytest.raises(UnlearningError, match="no expert of client-002 could be fitted: no memory"):
+            place.forget("client-001")
+    # Until then the old run is whole but for a note, and neither half is taken for a result.
+    assert content(place.folder / "runs" / "small").keys() - before.keys() == {PENDING}
+    assert content(place.folder / "runs" / "small").items() >= before.items()
     assert new.exists("evaluation.json")
     assert not new.exists(CERTIFICATE)
     with pytest.raises(ForgottenError, match="is not finished: it is made from small to forget client-001"):
         pipeline.run(place.config(new.uri.rpartition("/")[2]), OUT)
     with pytest.raises(UnlearningError, match="no certificate of a finished request"):
         verify(f"{new.uri}/{CERTIFICATE}", place.config(new.uri.rpartition("/")[2]), False, OUT)
-    with pytest.raises(ForgottenError, match="is not finished"):
-        forget(place.config(), ["client-002"], [], "small-without-client-001", "somebody", False, OUT)
+    # What another request made meanwhile would never be finished, nor deleted.
+    for successor in ("small-without-client-001", None):
+        with pytest.raises(UnlearningError, match="is being made into small-without-client-001"):
+            forget(place.config(), ["client-002"], [], successor, "somebody", False, OUT)
 
     die_at(Storage, "delete", lambda storage, name: storage.uri == old.uri and name.startswith("modules/client-002"))
     assert old.exists(FORGOTTEN)
@@ -321,6 +368,11 @@ def test_what_cannot_be_promised_is_refused_before_anything_is_touched(place: Pl
     ):
         with pytest.raises(UnlearningError, match=reason):
             place.forget(*clients, classes=classes)
+    with pytest.raises(RunConflictError, match="seed: there 0, here 5"):
+        forget(place.config().model_copy(update={"seed": 5}), ["client-001"], [], None, "somebody", False, OUT)
+    elsewhere = TrackingConfig(uri=f"sqlite:///{place.folder}/other.db")
+    with pytest.raises(UnlearningError, match=r"other\.db knows nothing of"):
+        forget(place.config().model_copy(update={"tracking": elsewhere}), ["client-001"], [], None, "x", False, OUT)
     environment = place.folder / "runs" / "small" / "environment.json"
     here = environment.read_text()
     environment.write_text(here.replace('"torch version": "', '"torch version": "0.'))

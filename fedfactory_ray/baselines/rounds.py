@@ -149,8 +149,7 @@ class Federation:
             "history": [asdict(r) for r in state.history],
         }
         self.storage.write_json(f"{folder}/card.json", card)
-        if self._progress(checkpoints):
-            self.storage.filesystem.delete_dir(self.storage.path(checkpoints))
+        self.storage.delete_folder(checkpoints)
         return Federated(folder, sha256, state.chosen, state.history)
 
     def fingerprint(self, method: Method) -> str:

@@ -62,9 +62,10 @@ def fit(
     folder = f"classifier/{name}"
     fingerprint = fit_fingerprint(config, rows.digest)
     stored = _stored(storage, folder, fingerprint)
-    if stored is not None:
-        return stored
     trainer_folder = f"train-{name}-{fingerprint[:16]}"
+    if stored is not None:
+        storage.delete_folder(trainer_folder)  # of a start that was killed at its very end
+        return stored
     fraction = config.classifier.validation_fraction
     held = rows.images * task.channels * task.resolution**2 <= config.classifier.in_memory_mb * 2**20
     datasets: dict[str, ray.data.Dataset] = {}
@@ -123,7 +124,7 @@ def fit(
         "model": config.classifier.model,
     }
     storage.write_json(f"{folder}/card.json", card)
-    storage.filesystem.delete_dir(storage.path(trainer_folder))
+    storage.delete_folder(trainer_folder)
     fitted = _stored(storage, folder, fingerprint)
     if fitted is None:
         raise RuntimeError(f"{storage.uri}/{folder} does not verify right after it was written: check the storage")

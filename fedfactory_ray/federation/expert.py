@@ -164,7 +164,7 @@ def fit_expert(
     fingerprint, folder = assignment.fingerprint(config), expert_folder(assignment.client)
     training, validation = make_batches(config, assignment, source, storage)
     fit = Fit(recipe, assignment.task, training.steps, training.seed, device)
-    checkpoints = Checkpoints(storage, f"{folder}/checkpoints-{fingerprint[:16]}")
+    checkpoints = Checkpoints.of(storage, folder, fingerprint)
     checkpoints.load(fit)
     for epoch in fit.epochs(training, validation):
         if epoch.epoch % recipe.checkpoint_every == 0 or epoch.epoch == epoch.epochs:
@@ -193,9 +193,11 @@ def fit_expert(
 def stored_expert(config: Config, assignment: Assignment, storage: Storage) -> Expert | None:
     """The expert of an earlier start, if it was fitted on the same by the same recipe and verifies."""
     folder = expert_folder(assignment.client)
-    card = verified_card(storage, folder, assignment.fingerprint(config))
+    fingerprint = assignment.fingerprint(config)
+    card = verified_card(storage, folder, fingerprint)
     if card is None:
         return None
+    Checkpoints.of(storage, folder, fingerprint).delete()  # of a start that was killed at its very end
     return Expert(**card | {"history": tuple(Epoch(**epoch) for epoch in card["history"])})
 
 
@@ -205,6 +207,11 @@ class Checkpoints:
 
     storage: Storage
     folder: str
+
+    @classmethod
+    def of(cls, storage: Storage, folder: str, fingerprint: str) -> Checkpoints:
+        """Those of the expert in `folder` that `fingerprint` determines."""
+        return cls(storage, f"{folder}/checkpoints-{fingerprint[:16]}")
 
     def save(self, fit: Fit) -> None:
         """Keep the fit's state, and no older one."""
@@ -227,7 +234,7 @@ class Checkpoints:
 
     def delete(self) -> None:
         """Delete them all."""
-        self.storage.filesystem.delete_dir(self.storage.path(self.folder))
+        self.storage.delete_folder(self.folder)
 
     def _whole(self) -> list[str]:
         """Folders of whole checkpoints, the oldest first."""

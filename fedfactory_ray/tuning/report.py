@@ -37,11 +37,14 @@ class Line:
         return cls(record.settings, result.accuracy, result.loss, last.step, last.steps, last.seconds, record.outcome)
 
     @property
-    def rank(self) -> tuple[bool, float, float]:
-        """Place in the table: by accuracy, then loss, failed trials at the end."""
+    def rank(self) -> tuple[int, float, float]:
+        """Place in the table: by accuracy, then loss; whole trials first, failed ones at the end.
+
+        A trial that was stopped shows the best of its steps, which a whole one's choice of step may miss.
+        """
         if self.outcome == "failed" or self.accuracy is None or self.loss is None:
-            return True, 0.0, 0.0
-        return False, -self.accuracy, math.inf if math.isnan(self.loss) else self.loss
+            return 2, 0.0, 0.0
+        return int(self.outcome != "whole"), -self.accuracy, math.inf if math.isnan(self.loss) else self.loss
 
 
 @dataclass(frozen=True)

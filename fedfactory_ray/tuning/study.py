@@ -104,7 +104,7 @@ def run_study(
         unit = "rounds" if method in METHODS else "epochs"
         with bars(console, f"tuning {method}", len(made), "trials") as shown:
             watch = Watch(session, unit, storages, records, shown)
-            run_trials(session, watch, jobs, concurrent)
+            run_trials(session, watch, jobs, max(_steps(method, trial.config) for trial in made), concurrent)
         lines = sorted((Line.of(record) for record in records), key=lambda line: line.rank)
         study = Study(session.name, session.storage.uri, method, unit, lines)
         best = configured(config, lines[0].settings).model_dump(mode="json", exclude={"name"})
@@ -242,18 +242,21 @@ def _points(report: Report) -> list[tuple[str, int, float]]:
     return [("validation_accuracy", report.step, report.accuracy), ("validation_loss", report.step, report.loss)]
 
 
-def run_trials(session: Session, watch: Watch, jobs: dict[int, Job], concurrent: int) -> None:
-    """Run `jobs` with Ray Tune, as many at once as `concurrent`. Raises the first refusal, or error, if all failed."""
+def run_trials(session: Session, watch: Watch, jobs: dict[int, Job], steps: int, concurrent: int) -> None:
+    """Run `jobs`, of at most `steps` steps, with Ray Tune, as many at once as `concurrent`.
+
+    Raises the first refusal, or error, if no trial of the study came to an end.
+    """
     if not jobs:
         return
     # Ctrl-C shall end the job, and what trials tell is logged and shown by `watch` alone.
     os.environ |= dict.fromkeys(("TUNE_DISABLE_SIGINT_HANDLER", "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS"), "1")
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # or Tune prints a header in spite of verbose=0
     storage = session.storage
-    scheduler = make_scheduler(max(_steps(job) for job in jobs.values()), watch.records)
+    scheduler = make_scheduler(steps, watch.records)
     # A trial only gives orders, so it takes no CPU from its workers; but Tune wants it to take something.
     light = tune.PlacementGroupFactory([{"memory": 1}])
-    _delete(storage, TUNE_FOLDER)
+    storage.delete_folder(TUNE_FOLDER)
     results = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, jobs=jobs), light),
         param_space={"trial": tune.grid_search(list(jobs))},
@@ -270,12 +273,12 @@ def run_trials(session: Session, watch: Watch, jobs: dict[int, Job], concurrent:
     errors = {result.config["trial"]: result.error for result in results if result.error is not None}
     for index, error in errors.items():
         watch.fail(index, find_refusal(error) or error)
-    _delete(storage, TUNE_FOLDER)
+    storage.delete_folder(TUNE_FOLDER)
     for index, job in jobs.items():
         if watch.records[index].outcome == "stopped early":
             for name in set(job.storage.names("")) - {FILE}:  # checkpoints that nobody needs
                 job.storage.delete(name)
-    if all(record.result is None for record in watch.records):
+    if not any(record.finished for record in watch.records):
         raise next(find_refusal(error) or error for error in errors.values())
 
 
@@ -302,10 +305,5 @@ def make_scheduler(steps: int, records: Sequence[Record]) -> TrialScheduler:
     return scheduler
 
 
-def _steps(job: Job) -> int:
-    return job.config.federated.rounds if job.method in METHODS else job.config.classifier.epochs
-
-
-def _delete(storage: Storage, folder: str) -> None:
-    if storage.names(folder):
-        storage.filesystem.delete_dir(storage.path(folder))
+def _steps(method: str, config: Config) -> int:
+    return config.federated.rounds if method in METHODS else config.classifier.epochs

@@ -15,8 +15,7 @@ from fedfactory_ray.unlearning.facts import Facts, weights
 from fedfactory_ray.unlearning.request import Request
 from fedfactory_ray.unlearning.reuse import Reuse
 
-CERTIFICATE = "certificate.json"
-OURS = ("modules", "synthesis", f"classifier ({METHOD})", "experts", "evaluation", "logging")
+OURS = ("reuse", "modules", "synthesis", f"classifier ({METHOD})", "experts", "evaluation", "logging", "deletion")
 
 
 @dataclass(frozen=True)
@@ -43,7 +42,7 @@ class Certificate:
     def from_json(cls, text: bytes) -> Certificate:
         """Inverse of `to_json`."""
         tree = json.loads(text)
-        request = Request(**tree.pop("request") | {"exclude": tuple(json.loads(text)["request"]["exclude"])})
+        request = Request.of(tree.pop("request"))
         return cls(request=request, before=Facts(**tree.pop("before")), after=Facts(**tree.pop("after")), **tree)
 
 
@@ -68,8 +67,16 @@ def what_went(before: Facts, after: Facts) -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def cost(config: Config, reuse: Reuse, before: Facts, after: Facts) -> dict[str, Any]:
-    """Seconds, network evaluations of synthesis and fits, and the share that each is of the old run's."""
+def cost(
+    config: Config,
+    reuse: Reuse,
+    before: Facts,
+    after: Facts,
+    seconds: dict[str, float],
+    original: dict[str, Any] | None,
+) -> dict[str, Any]:
+    """Seconds, network evaluations of synthesis and fits, and the share that each is of the original run's: of the old
+    one, or of the `original` that the old one's certificate tells."""
     each, batch = network_evaluations(config.sampler.solver, config.sampler.evaluations), config.synthesis.batch_size
 
     def evaluations(images: Sequence[int]) -> int:
@@ -77,13 +84,13 @@ def cost(config: Config, reuse: Reuse, before: Facts, after: Facts) -> dict[str,
 
     kept = {unit.file for unit in reuse.units}
     spent = {
-        "seconds": sum(after.seconds[phase] for phase in OURS if phase in after.seconds),
+        "seconds": sum(seconds[phase] for phase in OURS if phase in seconds),
         "network_evaluations": evaluations([shard.n for shard in after.shards if shard.file not in kept]),
         "images_drawn": reuse.drawn,
         "modules_trained": 0,
         "fits": reuse.fits,
     }
-    whole = {
+    whole = original or {
         "seconds": sum(before.seconds[phase] for phase in OURS if phase in before.seconds),
         "network_evaluations": evaluations([shard.n for shard in before.shards]),
         "images_drawn": sum(shard.n for shard in before.shards),
@@ -91,7 +98,7 @@ def cost(config: Config, reuse: Reuse, before: Facts, after: Facts) -> dict[str,
         "fits": (before.classifier is not None) + len(before.experts),
     }
     share = {name: spent[name] / whole[name] for name in spent if whole[name]}
-    return {"spent": spent, "seconds_by_phase": after.seconds, "original_run": whole, "share": share}
+    return {"spent": spent, "seconds_by_phase": seconds, "original_run": whole, "share": share}
 
 
 def note(storage: Storage, line: dict[str, Any]) -> None:

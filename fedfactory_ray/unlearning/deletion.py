@@ -1,7 +1,8 @@
-"""Deletion: of the old run a note is left that it had to forget, with its settings and the audit log."""
+"""Deletion: of the old run a note is left that it had to forget, with its settings, certificate and audit log."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedfactory_ray import tracking
@@ -12,9 +13,12 @@ from fedfactory_ray.storage import Storage
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-AUDIT = "audit.jsonl"
-LEFT = (FORGOTTEN, AUDIT, SETTINGS)
-"""Files that stay: the note, the log, and the settings, with which the same request is recognised."""
+AUDIT, CERTIFICATE = "audit.jsonl", "certificate.json"
+PENDING = "pending.json"
+"""In a run that is being made into one that forgets: the request."""
+LEFT = (FORGOTTEN, AUDIT, SETTINGS, CERTIFICATE)
+"""Files that stay: the note, the log, the settings, with which the same request is recognised, and the certificate of
+a run that was itself made by forgetting."""
 
 
 def delete_run(storage: Storage) -> None:
@@ -25,14 +29,22 @@ def delete_run(storage: Storage) -> None:
     storage.prune()
 
 
-def find_traces(client: MlflowClient, experiment_id: str, folder: str, clients: list[str]) -> dict[str, list[str]]:
-    """What MLflow holds of clients: the child runs of theirs, with their pictures and modules, and all models that the
-    run's starts logged. By kind: `parents` (newest first, not to be deleted), `runs` and `models` (ids)."""
-    parents = client.search_runs([experiment_id], f"tags.`{tracking.FOLDER}` = '{folder}'")
-    names = {name for each in clients for name in (each, f"expert-{each}")}
-    found: dict[str, list[str]] = {"parents": [run.info.run_id for run in parents], "runs": [], "models": []}
+def find_traces(
+    client: MlflowClient, experiment_id: str, folders: Sequence[str], clients: Sequence[str]
+) -> dict[str, list[str]]:
+    """What MLflow holds of clients, also in runs that were deleted there: the child runs of theirs, with their pictures
+    and modules, and all models that the starts of the runs in `folders` logged. By kind: `parents` (of the first folder
+    first, the newest first; not to be deleted), `runs` and `models` (ids)."""
+    from mlflow.entities import ViewType
+
+    every, names = ViewType.ALL, {name for each in clients for name in (each, f"expert-{each}")}
+    found: dict[str, list[str]] = {"parents": [], "runs": [], "models": []}
+    for folder in folders:
+        parents = client.search_runs([experiment_id], f"tags.`{tracking.FOLDER}` = '{folder}'", every)
+        found["parents"] += [run.info.run_id for run in parents]
     for parent in found["parents"]:
-        children = client.search_runs([experiment_id], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=50_000)
+        nested = f"tags.`mlflow.parentRunId` = '{parent}'"
+        children = client.search_runs([experiment_id], nested, every, max_results=50_000)
         found["runs"] += [run.info.run_id for run in children if run.info.run_name in names]
         models = client.search_logged_models([experiment_id], f"source_run_id = '{parent}'", max_results=1000)
         found["models"] += [model.model_id for model in models]
@@ -41,11 +53,10 @@ def find_traces(client: MlflowClient, experiment_id: str, folder: str, clients: 
 
 def delete_traces(client: MlflowClient, traces: dict[str, list[str]]) -> None:
     """Delete runs and models with all their artifacts; what is gone already is left alone."""
-    for run_id in traces["runs"]:
-        run = client.get_run(run_id)
+    for run in _runs(client, traces["runs"]):
         _artifacts(run.info.artifact_uri).delete_artifacts()
         if run.info.lifecycle_stage == "active":
-            client.delete_run(run_id)
+            client.delete_run(run.info.run_id)
     for model in _models(client, traces):
         _artifacts(model.artifact_location).delete_artifacts()
         client.delete_logged_model(model.model_id)
@@ -53,16 +64,30 @@ def delete_traces(client: MlflowClient, traces: dict[str, list[str]]) -> None:
 
 def traces_left(client: MlflowClient, traces: dict[str, list[str]]) -> list[str]:
     """Runs of these traces that are still shown or still have artifacts, and models that are still there."""
-    runs = [client.get_run(run_id) for run_id in traces["runs"]]
+    runs = _runs(client, traces["runs"])
     left = [r for r in runs if r.info.lifecycle_stage == "active" or _artifacts(r.info.artifact_uri).list_artifacts()]
     return [r.info.run_id for r in left] + [model.model_id for model in _models(client, traces)]
 
 
+def _runs(client: MlflowClient, ids: Sequence[str]) -> list[Any]:
+    """The runs of these ids, less those that were removed for good (`mlflow gc`)."""
+    from mlflow.exceptions import MlflowException
+
+    found = []
+    for run_id in ids:
+        try:
+            found.append(client.get_run(run_id))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+    return found
+
+
 def _models(client: MlflowClient, traces: dict[str, list[str]]) -> list[Any]:
     found: list[Any] = []
-    for parent in traces["parents"]:
-        experiment_id = client.get_run(parent).info.experiment_id
-        found += client.search_logged_models([experiment_id], f"source_run_id = '{parent}'", max_results=1000)
+    for parent in _runs(client, traces["parents"]):
+        of_parent = f"source_run_id = '{parent.info.run_id}'"
+        found += client.search_logged_models([parent.info.experiment_id], of_parent, max_results=1000)
     return [model for model in found if model.model_id in traces["models"]]
 
 

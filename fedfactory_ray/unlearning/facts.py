@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedfactory_ray.classification.card import WEIGHTS
-from fedfactory_ray.config import METHOD, Config
+from fedfactory_ray.config import METHOD, PRODUCT, Config
 from fedfactory_ray.errors import UnlearningError
 from fedfactory_ray.federation.exchange import PLACE
 from fedfactory_ray.generation.card import ModuleCard
@@ -46,6 +46,16 @@ class Facts:
         """The manifest's lines."""
         return [Shard(**line) for line in self.manifest]
 
+    @property
+    def main_method(self) -> str:
+        """The method that the run is about, among its evaluations."""
+        return METHOD if METHOD in self.scores else PRODUCT
+
+    @property
+    def architecture(self) -> str:
+        """The architecture that was evaluated."""
+        return "centralised" if not self.experts else "both" if self.classifier else "decentralised"
+
     def digests(self) -> dict[str, str]:
         """All that two equal runs have alike, by name."""
         found = {"partition": self.partition_sha256, "rows": self.rows_sha256}
@@ -67,15 +77,17 @@ def read_facts(storage: Storage) -> Facts:
     cards = [ModuleCard.from_json(storage.read(n)) for n in storage.names("modules") if PLACE.fullmatch(n)]
     manifest = [Shard(**line) for line in storage.read_json(MANIFEST)]
     evaluation = storage.read_json(EVALUATION)
+    # What was evaluated counts: jobs/compare.py may have fitted more in the same folder.
     experts = [name.split("/")[1] for name in storage.names("experts") if name.endswith("/card.json")]
+    experts = sorted(experts) if PRODUCT in evaluation else []
     classifier = f"classifier/{METHOD}"
     return Facts(
         partition_sha256=storage.read_json("partition.json")["sha256"],
         modules=[vars(card) for card in sorted(cards, key=lambda card: card.key)],
         manifest=[vars(shard) for shard in manifest],
         rows_sha256=manifest_digest(manifest),
-        classifier=_fitted(storage, classifier) if storage.exists(f"{classifier}/card.json") else None,
-        experts={client: _fitted(storage, f"experts/{client}") for client in sorted(experts)},
+        classifier=_fitted(storage, classifier) if METHOD in evaluation else None,
+        experts={client: _fitted(storage, f"experts/{client}") for client in experts},
         predictions=evaluation["predictions_sha256"],
         scores={name: scores for name, scores in evaluation.items() if "accuracy" in scores},
         seconds=storage.read_json(SECONDS),

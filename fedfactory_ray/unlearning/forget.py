@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 import numpy as np
 import ray
@@ -16,14 +15,14 @@ from fedfactory_ray.cluster import connect, make_plan
 from fedfactory_ray.config import Config, merge
 from fedfactory_ray.errors import UnlearningError
 from fedfactory_ray.sections import WorkerResources
-from fedfactory_ray.session import FORGETTING, FORGOTTEN, Session, open_session, refuse_forgotten
-from fedfactory_ray.storage import Storage
-from fedfactory_ray.unlearning.certificate import CERTIFICATE, Certificate, audit_lines, cost, note, what_went
-from fedfactory_ray.unlearning.deletion import delete_run, delete_traces, find_traces
+from fedfactory_ray.session import FORGETTING, FORGOTTEN, Session, claim, open_session, refuse_forgotten
+from fedfactory_ray.storage import TEMPORARY, Storage
+from fedfactory_ray.unlearning.certificate import Certificate, audit_lines, cost, note, what_went
+from fedfactory_ray.unlearning.deletion import CERTIFICATE, PENDING, delete_run, delete_traces, find_traces
 from fedfactory_ray.unlearning.facts import Facts, read_facts, refuse_damaged
 from fedfactory_ray.unlearning.request import Request, make_request
 from fedfactory_ray.unlearning.reuse import copy_files, plan_reuse
-from fedfactory_ray.unlearning.verification import residue
+from fedfactory_ray.unlearning.verification import left_in_new, left_in_old
 
 
 def forget(
@@ -37,15 +36,16 @@ def forget(
 ) -> Certificate:
     """Make of the finished run of `config` one without `clients` (or without `classes` of theirs), and delete the old.
 
-    Steps: (1) check the old run and note the request in the new one's folder; (2) copy what did not depend on the
-    clients; (3) run all phases, which make what is missing; (4) leave a note in the old run, which is refused from then
-    on; (5) delete it, and what MLflow has of it; (6) certificate and audit lines. The same call goes on after step 1
-    from wherever it was stopped; after step 6 it returns the certificate. Raises UnlearningError or ForgottenError.
+    Steps: (1) check the old run and note the request in both folders; (2) copy what did not depend on the clients;
+    (3) run all phases, which make what is missing, and check the result; (4) leave a note in the old run, which is
+    refused from then on; (5) delete it, and what MLflow has of it; (6) certificate and audit lines. The same call goes
+    on after step 1 from wherever it was stopped; after step 6 it returns the certificate. Raises UnlearningError,
+    ForgottenError, or RunConflictError for settings that are not the old run's.
     """
     runs, name = Storage(config.storage.uri), str(config.name)
     old = runs.within(name)
     if old.exists(FORGOTTEN):
-        left = _request(old.read_json(FORGOTTEN))
+        left = Request.of(old.read_json(FORGOTTEN))
         if not left.asks(clients, classes):
             refuse_forgotten(old)
         new = runs.within(left.successor)
@@ -53,11 +53,7 @@ def forget(
             return Certificate.from_json(new.read(CERTIFICATE))
     else:
         new = _begin(config, old, runs, clients, classes, successor, asked_by, allow_inexact)
-    return _finish(config, old, new, console)
-
-
-def _request(tree: dict[str, Any]) -> Request:
-    return Request(**tree | {"exclude": tuple(tree["exclude"])})
+    return _finish(config, old, new, allow_inexact, console)
 
 
 def _begin(
@@ -73,30 +69,64 @@ def _begin(
     """Check the request and the old run; note both in the new run's folder, which is returned."""
     refuse_forgotten(old)
     before = read_facts(old)
+    theirs = old.read_json("config.json")
+    claim(config.determining() | {k: v for k, v in theirs.items() if k == "modules"}, old)
     held: dict[str, list[int]] = {}
     for card in before.cards:
         held.setdefault(card.client, []).append(card.label)
     request = make_request(str(config.name), held, config.partition.exclude, clients, classes, successor, asked_by)
     new = runs.within(request.successor)
+    if old.exists(PENDING) and not Request.of(old.read_json(PENDING)).same(request):
+        asked = Request.of(old.read_json(PENDING))
+        raise UnlearningError(
+            f"run {request.run} is being made into {asked.successor}, to forget {', '.join(asked.exclude)}",
+            "that request finished first, by the command that began it; then ask its successor",
+        )
     if new.exists(FORGETTING):
-        if not _request(new.read_json(FORGETTING)["request"]).same(request):
+        if not Request.of(new.read_json(FORGETTING)["request"]).same(request):
             refuse_forgotten(new)
         return new
-    if new.names(""):
+    if any(not name.endswith(TEMPORARY) for name in new.names("")):
         raise UnlearningError(f"{new.uri} holds another run", "a name that is free, with --name")
     connect()
     refuse_damaged(config, old, before)
-    inexact = _differences(config, old.read_json(pipeline.ENVIRONMENT))
-    if inexact and not allow_inexact:
-        raise UnlearningError(
-            f"run {request.run} was not made here: {'; '.join(inexact)}",
-            "the same hardware and versions for a result that is equal bit for bit, or --allow-inexact",
-        )
-    client, experiment_id = tracking.connect(config)
-    traces = find_traces(client, experiment_id, old.uri, request.clients)
-    facts = {"request": asdict(request), "before": asdict(before), "inexact": inexact, "mlflow": traces}
-    new.write_json(FORGETTING, facts)
+    _doubts(config, before, old.read_json(pipeline.ENVIRONMENT), allow_inexact)
+    _traces(config, old, request)
+    original = old.read_json(CERTIFICATE)["cost"]["original_run"] if old.exists(CERTIFICATE) else None
+    facts = {"request": asdict(request), "before": asdict(before), "original": original}
+    old.write_json(PENDING, asdict(request))
+    new.write_json(FORGETTING, facts | {"environment": old.read_json(pipeline.ENVIRONMENT)})
     return new
+
+
+def _traces(config: Config, old: Storage, request: Request) -> dict[str, list[str]]:
+    """What MLflow holds of the forgotten in the old run, and in those that it was itself made from. Raises
+    UnlearningError where it does not know the old run: then it is the wrong store."""
+    runs = dict.fromkeys([request.run, *(line["request"]["run"] for line in audit_lines(old))])
+    client, experiment_id = tracking.connect(config)
+    found = find_traces(client, experiment_id, [old.parent.within(run).uri for run in runs], request.clients)
+    if not found["parents"]:
+        raise UnlearningError(
+            f"MLflow at {tracking.tracking_uri(config)} knows nothing of {old.uri}",
+            "the store in which the run was logged (--tracking.uri), so that what it holds of the clients goes too; or "
+            "the command that made the run once more, which logs it there",
+        )
+    return found
+
+
+def _doubts(config: Config, before: Facts, environments: list[dict[str, str]], allowed: bool) -> list[str]:
+    """Why the result may not be equal bit for bit: what of hardware and versions is another here, and rows whose order
+    is not promised to repeat. Raises UnlearningError for any, unless they are `allowed`."""
+    doubts = _differences(config, environments)
+    row = before.cards[0].channels * before.cards[0].resolution ** 2
+    if before.classifier and sum(shard.n for shard in before.shards) * row > config.classifier.in_memory_mb * 2**20:
+        doubts.append(f"a training set above classifier.in_memory_mb={config.classifier.in_memory_mb} is streamed")
+    if doubts and not allowed:
+        raise UnlearningError(
+            f"run {config.name} cannot be made again here bit for bit: {'; '.join(doubts)}",
+            "the hardware and versions that made it, or --allow-inexact",
+        )
+    return doubts
 
 
 def _differences(config: Config, environments: list[dict[str, str]]) -> list[str]:
@@ -122,34 +152,44 @@ def _environment(resources: WorkerResources) -> dict[str, str]:
 
 def without(config: Config, request: Request, before: Facts) -> Config:
     """The config of the new run: that of the old, less whom it forgets; no reference, for that saw their images."""
-    architecture = "centralised" if not before.experts else "both" if before.classifier else "decentralised"
     changes = {
         "name": request.successor,
-        "architecture": architecture,
+        "architecture": before.architecture,
         "baselines": ["none"],
         "partition": {"exclude": [*config.partition.exclude, *request.exclude]},
     }
     return Config.model_validate(merge(config.model_dump(mode="json"), changes))
 
 
-def _finish(config: Config, old: Storage, new: Storage, console: Console) -> Certificate:
+def _finish(config: Config, old: Storage, new: Storage, allow_inexact: bool, console: Console) -> Certificate:
     """Steps 2 to 6, each of which may have been done before."""
     started = new.read_json(FORGETTING)
-    request, before, traces = _request(started["request"]), Facts(**started["before"]), started["mlflow"]
-    parent = traces["parents"][0] if traces["parents"] else None
-    with open_session(without(config, request, before), console, forgetting=True, parent=parent) as session:
+    request, before = Request.of(started["request"]), Facts(**started["before"])
+    traces = _traces(config, old, request)
+    with open_session(without(config, request, before), console, True, traces["parents"][0]) as session:
+        inexact = _doubts(config, before, started["environment"], allow_inexact)
+        if not new.exists(pipeline.ENVIRONMENT):  # what is kept was made there
+            new.write_json(pipeline.ENVIRONMENT, started["environment"])
         reuse = plan_reuse(session.config, session.partition, pipeline.make_task(session), before)
-        copy_files(old, new, [name for name in reuse.files if not new.exists(name)])
-        pipeline.run_phases(session)
+        with session.phase("reuse"):
+            copy_files(old, new, [name for name in reuse.files if not new.exists(name)])
+        report = pipeline.run_phases(session)
+        if report.missing:
+            raise UnlearningError(
+                f"no expert of {', '.join(report.missing)} could be fitted: {next(iter(report.missing.values()))}",
+                "every expert of the run; the same command tries again",
+            )
         after = read_facts(new)
+        refuse_residue(left_in_new(new, after, what_went(before, after)))
         with session.phase("deletion"):
             if not old.exists(FORGOTTEN):
                 old.write_json(FORGOTTEN, started["request"])
             delete_run(old)
             delete_traces(tracking.connect(config)[0], traces)
+        refuse_residue(left_in_old(old))
         certificate = Certificate(
             request=request,
-            inexact=started["inexact"],
+            inexact=inexact,
             absent=[y for y in range(session.info.classes) if not any(card.label == y for card in after.cards)],
             deleted=what_went(before, after),
             kept={
@@ -161,13 +201,10 @@ def _finish(config: Config, old: Storage, new: Storage, console: Console) -> Cer
             },
             before=before,
             after=after,
-            cost=cost(session.config, reuse, before, after),
+            cost=cost(session.config, reuse, before, after, session.longest, started["original"]),
             environment=new.read_json(pipeline.ENVIRONMENT),
             mlflow=traces,
         )
-        found = residue(new, old, certificate)
-        if found:
-            raise RuntimeError(f"after the deletion something is left: {'; '.join(found)}")
         text = certificate.to_json()
         new.write(CERTIFICATE, text)
         log_certificate(session, certificate)
@@ -177,6 +214,12 @@ def _finish(config: Config, old: Storage, new: Storage, console: Console) -> Cer
             note(new, each)
         new.delete(FORGETTING)
     return certificate
+
+
+def refuse_residue(found: list[str]) -> None:
+    """Raise RuntimeError where something is left that should be gone."""
+    if found:
+        raise RuntimeError(f"left of what has to be forgotten, or of nobody knows what: {'; '.join(found)}")
 
 
 def recalls(facts: Facts, method: str) -> dict[int, float]:
@@ -193,7 +236,7 @@ def held_recall(facts: Facts, method: str, absent: Sequence[int]) -> float:
 
 def log_certificate(session: Session, certificate: Certificate) -> None:
     """Tags, metrics before and after, the plot of recall, and the certificate itself, in the new run."""
-    run, method = session.run, session.config.main_method
+    run, method = session.run, certificate.after.main_method
     run.tag("forgotten", ", ".join(certificate.request.exclude))
     run.tag("forgotten.asked_by", certificate.request.asked_by)
     for when, facts in (("before", certificate.before), ("after", certificate.after)):

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 from fedfactory_ray.errors import UnlearningError
 
@@ -23,6 +24,11 @@ class Request:
     asked_by: str
     asked_at: str
 
+    @classmethod
+    def of(cls, tree: dict[str, Any]) -> Request:
+        """A request that was stored as JSON."""
+        return cls(**tree | {"exclude": tuple(tree["exclude"])})
+
     @property
     def clients(self) -> list[str]:
         """The clients concerned."""
@@ -35,7 +41,7 @@ class Request:
     def asks(self, clients: Sequence[str], classes: Sequence[int]) -> bool:
         """Whether this is the request to forget these clients, or these classes of theirs."""
         parts = [int(entry.partition("/")[2]) for entry in self.exclude if "/" in entry]
-        return set(self.clients) == set(clients) and set(parts) <= set(classes)
+        return set(self.clients) == set(clients) and set(parts) in (set(), set(classes))
 
     def same(self, other: Request) -> bool:
         """Whether both ask for the same, whoever asks and when."""

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import posixpath
+import re
 import tempfile
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow.parquet as pq
 from rich.console import Console
 
 from fedfactory_ray import pipeline, tracking
+from fedfactory_ray.classification.card import WEIGHTS
 from fedfactory_ray.config import METHOD, Config, merge
 from fedfactory_ray.errors import UnlearningError
-from fedfactory_ray.session import FORGETTING, SECONDS, SETTINGS
+from fedfactory_ray.session import FORGETTING, SECONDS, SETTINGS, refuse_forgotten
 from fedfactory_ray.storage import Storage
 from fedfactory_ray.synthesis.plan import Unit, make_units
 from fedfactory_ray.synthesis.shard import verified_digest
 from fedfactory_ray.synthesis.synthesize import MANIFEST
-from fedfactory_ray.unlearning.certificate import CERTIFICATE, Certificate, audit_lines
-from fedfactory_ray.unlearning.deletion import AUDIT, LEFT, traces_left
+from fedfactory_ray.unlearning.certificate import Certificate, audit_lines
+from fedfactory_ray.unlearning.deletion import AUDIT, CERTIFICATE, LEFT, PENDING, find_traces, traces_left
 from fedfactory_ray.unlearning.facts import AT_ONCE, Facts, differing_weights, read_facts, weights
 from fedfactory_ray.unlearning.request import Request
 
 KNOWN = {
     *("config.json", "partition.json", "partition.parquet", "comparison.json"),
-    *(MANIFEST, SECONDS, SETTINGS, FORGETTING, CERTIFICATE, AUDIT, pipeline.EVALUATION, pipeline.ENVIRONMENT),
+    *(MANIFEST, SECONDS, SETTINGS, FORGETTING, PENDING, CERTIFICATE, AUDIT, pipeline.EVALUATION, pipeline.ENVIRONMENT),
 }
 """Files of a run beside weights, cards and units."""
 
@@ -39,27 +43,28 @@ class Check:
     wrong: list[str]
 
 
-def residue(new: Storage, old: Storage, certificate: Certificate) -> list[str]:
-    """What of the forgotten is left in the folders of both runs, by the names of files and the content of weights.
+def left_in_old(old: Storage) -> list[str]:
+    """Files of a deleted run that should be gone."""
+    return [f"{old.uri}/{name}" for name in old.names("") if name not in LEFT]
 
-    Every file must be one that the new run accounts for: what is not known (a checkpoint, say) counts as left.
+
+def left_in_new(new: Storage, after: Facts, gone: dict[str, list[dict[str, Any]]]) -> list[str]:
+    """What of the forgotten is left in the new run, by the names of files and the content of weights.
+
+    Every file must be one that the run accounts for, or one that jobs/compare.py may have made of it since: what is not
+    known (a checkpoint, say) counts as left.
     """
-    found = [f"{old.uri}/{name}" for name in old.names("") if name not in LEFT]
-    accounted = {name: digest for name, digest in weights(certificate.after).items()}
+    accounted = weights(after)
     cards = {f"{posixpath.dirname(name)}/card.json" for name in accounted}
-    units = {shard.file for shard in certificate.after.shards}
-    for name in new.names(""):
-        if name in KNOWN | cards | units or name in accounted or _baseline(name):
-            continue
-        found.append(f"{new.uri}/{name}")
-    gone = {entry["sha256"] for kind in ("modules", "weights") for entry in certificate.deleted[kind]}
-    return found + [f"{new.uri}/{name}" for name, digest in accounted.items() if digest in gone]
-
-
-def _baseline(name: str) -> bool:
-    """Whether a file is a finished baseline's, which jobs/compare.py may have made of the new run since."""
-    folder, file = posixpath.split(name)
-    return posixpath.dirname(folder) == "classifier" and folder != f"classifier/{METHOD}" and "." in file
+    units = {shard.file for shard in after.shards}
+    clients = {card.client for card in after.cards}
+    compared = ["classifier/[^/]+"] * (after.classifier is None) + [f"classifier/(?!{METHOD}/)[^/]+"]
+    compared += [f"experts/{re.escape(client)}" for client in clients if client not in after.experts]
+    finished = re.compile(f"({'|'.join(compared)})/({re.escape(WEIGHTS)}|card.json)")
+    known = KNOWN | cards | units | accounted.keys()
+    found = [f"{new.uri}/{name}" for name in new.names("") if name not in known and not finished.fullmatch(name)]
+    digests = {entry["sha256"] for kind in ("modules", "weights") for entry in gone[kind]}
+    return found + [f"{new.uri}/{name}" for name, digest in accounted.items() if digest in digests]
 
 
 def wrong_rows(new: Storage, certificate: Certificate, config: Config) -> list[str]:
@@ -99,32 +104,45 @@ def verify(uri: str, config: Config, retrain: bool, console: Console) -> tuple[C
     `retrain` makes the run without the client from nothing, in a folder of its own that is deleted again, and compares
     every digest. Raises UnlearningError where there is no certificate, or where the run is not finished.
     """
-    new = Storage(posixpath.dirname(uri))
+    new = Storage(uri).parent
+    refuse_forgotten(new, forgetting=True)
     if not new.exists(CERTIFICATE) or new.exists(FORGETTING):
         raise UnlearningError(f"{new.uri} holds no certificate of a finished request", "jobs/unlearn.py to its end")
     text = new.read(CERTIFICATE)
     certificate = Certificate.from_json(text)
-    old = Storage(posixpath.dirname(new.uri)).within(certificate.request.run)
+    old = new.parent.within(certificate.request.run)
     digest = hashlib.sha256(text).hexdigest()
     noted = [[line["certificate_sha256"] for line in audit_lines(run)] for run in (old, new)]
-    client, _ = tracking.connect(config)
+    client, experiment_id = tracking.connect(config)
+    folders = [new.parent.within(line["request"]["run"]).uri for line in audit_lines(old)]
+    found = find_traces(client, experiment_id, folders, certificate.request.clients)
+    traces = {kind: sorted({*ids, *found[kind]}) for kind, ids in certificate.mlflow.items()}
+    traces["models"] = certificate.mlflow["models"]
     checks = [
         Check("the audit logs name this certificate", [] if all(digest in each for each in noted) else [AUDIT]),
         Check("the run is what the certificate says", differences(read_facts(new), certificate.after)),
         Check("weights are whole", differing_weights(new, certificate.after)),
         Check("no unit holds a row of the forgotten", wrong_rows(new, certificate, config)),
-        Check("no file is left of the forgotten", residue(new, old, certificate)),
-        Check("MLflow holds no artifact of the forgotten", traces_left(client, certificate.mlflow)),
+        Check(
+            "no file is left of the forgotten",
+            left_in_old(old) + left_in_new(new, certificate.after, certificate.deleted),
+        ),
+        Check("MLflow holds no artifact of the forgotten", traces_left(client, traces)),
     ]
     if retrain:
-        checks.append(Check("a run from nothing is equal", differences(certificate.after, _retrained(config, console))))
+        again = _retrained(config, certificate, new, console)
+        checks.append(Check("a run from nothing is equal", differences(certificate.after, again)))
     return certificate, checks
 
 
-def _retrained(config: Config, console: Console) -> Facts:
-    """Facts of the same run, made from nothing."""
-    with tempfile.TemporaryDirectory() as folder:
-        places = {"storage": {"uri": folder}, "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"}}
-        again = Config.model_validate(merge(config.model_dump(mode="json"), places))
-        pipeline.run(again, console)
-        return read_facts(Storage(folder).within(str(config.name)))
+def _retrained(config: Config, certificate: Certificate, new: Storage, console: Console) -> Facts:
+    """Facts of the same run, made from nothing, beside it, for every node can write there; it is deleted again."""
+    scratch = new.parent.within(f"retrain-{uuid.uuid4().hex}")
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            places = {"storage": {"uri": scratch.uri}, "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"}}
+            changes = places | {"architecture": certificate.after.architecture}
+            pipeline.run(Config.model_validate(merge(config.model_dump(mode="json"), changes)), console)
+        return read_facts(scratch.within(str(config.name)))
+    finally:
+        new.parent.delete_folder(scratch.name)
