@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -58,6 +60,21 @@ def digests(run: Path) -> dict[str, str]:
     """Digests of what a run made, by file."""
     files = [path for pattern in CONTENT for path in run.glob(pattern) if path.is_file()]
     return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def copy_job(origin: Path, folder: Path) -> None:
+    """Copy a folder in which a job ran, with its runs and MLflow's store, whose addresses become those of the copy."""
+    shutil.copytree(origin, folder)
+    with sqlite3.connect(folder / "mlflow.db") as database:
+        for table, column in (
+            ("experiments", "artifact_location"),
+            ("runs", "artifact_uri"),
+            ("logged_models", "artifact_location"),
+            ("tags", "value"),
+        ):
+            database.execute(f"update {table} set {column} = replace({column}, ?, ?)", (str(origin), str(folder)))
+    for settings in folder.glob("runs/*/settings.json"):
+        settings.write_text(settings.read_text().replace(f"sqlite:///{origin}", f"sqlite:///{folder}"))
 
 
 def wait_for(happened: Callable[[], Any], job: subprocess.Popen[str]) -> Any:

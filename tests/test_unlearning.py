@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_npz
 from rich.console import Console
+from small_runs import copy_job
 from test_pipeline import SMALL, small_config
 
 from fedfactory_ray import pipeline
@@ -76,20 +76,7 @@ def place(origin: Place, tmp_path: Path) -> Place:
 
 
 def copy_of(origin: Place, folder: Path) -> Place:
-    """A copy with a store of its own, whose addresses of files are those of the copy."""
-    shutil.copytree(origin.folder, folder)
-    with sqlite3.connect(folder / "mlflow.db") as database:
-        for table, column in (
-            ("experiments", "artifact_location"),
-            ("runs", "artifact_uri"),
-            ("logged_models", "artifact_location"),
-            ("tags", "value"),
-        ):
-            database.execute(
-                f"update {table} set {column} = replace({column}, ?, ?)", (str(origin.folder), str(folder))
-            )
-    for settings in folder.glob("runs/*/settings.json"):
-        settings.write_text(settings.read_text().replace(f"sqlite:///{origin.folder}", f"sqlite:///{folder}"))
+    copy_job(origin.folder, folder)
     return Place(folder)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
-from small_runs import LONGEST, ROOT, SMALL, wait_for
+from small_runs import LONGEST, ROOT, SMALL, copy_job, wait_for
 from test_nodes import nodes
 
 from fedfactory_ray.storage import Storage
@@ -63,7 +62,7 @@ def test_four_nodes_two_and_one_forget_alike(tmp_path: Path, monkeypatch: pytest
     new = four / "runs" / NEW
     with nodes(monkeypatch, {"num_cpus": 2}, *[{"num_cpus": 1}] * 3):
         output(start(four, "run.py", "--config", "digits.yaml"))
-        shutil.copytree(four, two)
+        copy_job(four, two)
         before = {path: path.read_bytes() for path in (four / "runs").rglob("*") if path.is_file()}
         # Killed while the classifier is fitted: the old run is whole.
         job = start(four, "unlearn.py", *asked)
