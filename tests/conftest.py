@@ -68,7 +68,28 @@ def stripes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_npz(tmp_path_factory.mktemp("data") / "stripes.npz")
 
 
-HEAVY = ("test_unlearning_nodes.py", "test_nodes.py", "test_unlearning.py", "test_submit.py", "test_s3.py")
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Address of an empty bucket on a local S3 server, which this process and its children reach."""
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+    }.items():
+        monkeypatch.setenv(name, value)
+    boto3.client("s3", region_name="us-east-1").create_bucket(Bucket="fedfactory")
+    yield "s3://fedfactory"
+    server.stop()
+
+
+HEAVY = ("test_nodes.py", "test_unlearning_nodes.py", "test_unlearning.py", "test_submit.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -77,8 +98,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def undisturbed_folder(stripes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the small job ran on `stripes` on this machine alone; once for all test processes."""
+def undisturbed_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the small job ran on this machine alone, on stripes.npz there; once for all test processes."""
     from small_runs import finish, start
 
     base = tmp_path_factory.getbasetemp()
@@ -86,8 +107,8 @@ def undisturbed_folder(stripes: Path, tmp_path_factory: pytest.TempPathFactory) 
     with FileLock(f"{shared}.lock"):
         if not (shared / "digests.json").exists():
             shared.mkdir()
-            found = finish(start(shared, stripes), shared)
-            assert len(found) == 6 * 2 + 21 + 1 + 2 + 2
+            found = finish(start(shared, write_npz(shared / "stripes.npz")), shared)
+            assert len(found) == 5 * 2 + 17 + 1 + 2 + 2
             (shared / "digests.json").write_text(json.dumps(found))
     return shared
 

@@ -20,12 +20,12 @@ ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {
     "name": "small",
     "baselines": ["none"],
-    "generator": {"channels": [8, 16], "min_steps": 30, "max_steps": 30, "batch_size": 16, "precision": "fp32"},
-    "sampler": {"evaluations": 4},
-    "synthesis": {"images_per_class": 48, "batch_size": 8, "unit_size": 8},
+    "generator": {"channels": [8, 16], "min_steps": 40, "max_steps": 40, "batch_size": 16, "precision": "fp32"},
+    "sampler": {"evaluations": 6},
+    "synthesis": {"images_per_class": 40, "batch_size": 8, "unit_size": 8},
     "classifier": {"epochs": 4, "batch_size": 16, "checkpoint_every": 1},
     "resources": {"classifier": {"threads": 1}, "max_actors": 1},
-    "partition": {"scheme": "skew", "counts": [[30, 0, 10], [0, 25, 0], [10, 15, 30]]},
+    "partition": {"scheme": "skew", "counts": [[40, 0, 10], [0, 25, 0], [0, 15, 30]]},
     "storage": {"checkpoint_seconds": 0.2},
 }
 LONGEST = 600

@@ -1,7 +1,9 @@
-"""`ray job submit` as a user runs it: a head with token authentication, the working directory uploaded."""
+"""`ray job submit` as a user runs it: a head with token authentication, the working directory uploaded, the run kept in
+a bucket: the same bytes as a run in a folder on one machine."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import socket
@@ -14,7 +16,9 @@ from pathlib import Path
 import mlflow
 import pytest
 import yaml
-from small_runs import ROOT, SMALL, digests
+from small_runs import ROOT, SMALL
+
+from fedfactory_ray.storage import Storage
 
 BIN = Path(sys.executable).parent
 MAX_UPLOAD = 2**20
@@ -27,7 +31,7 @@ def free_port() -> int:
 
 
 @pytest.fixture
-def head(tmp_path: Path) -> Iterator[tuple[dict[str, str], Path]]:
+def head(tmp_path: Path, bucket: str) -> Iterator[tuple[dict[str, str], Path]]:
     """A head as `ray start --head` makes it; yields the environment of its users, and the folder of its session."""
     address, dashboard = free_port(), free_port()
     token = tmp_path / "token"
@@ -65,7 +69,7 @@ def head(tmp_path: Path) -> Iterator[tuple[dict[str, str], Path]]:
 
 
 def test_a_submitted_job_is_read_back_from_mlflow(
-    head: tuple[dict[str, str], Path], stripes: Path, undisturbed: dict[str, str], tmp_path: Path
+    head: tuple[dict[str, str], Path], bucket: str, stripes: Path, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     environment, session = head
     work = tmp_path / "work"
@@ -74,7 +78,7 @@ def test_a_submitted_job_is_read_back_from_mlflow(
     (work / "runs" / "big.bin").write_bytes(os.urandom(2 * MAX_UPLOAD))  # ignored by .gitignore
     (work / "small.yaml").write_text(yaml.safe_dump(SMALL | {"data": {"source": str(stripes)}}))
     command = ["ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/run.py", "--config", "small.yaml"]
-    places = ["--storage.uri", str(tmp_path / "shared"), "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
+    places = ["--storage.uri", f"{bucket}/runs", "--tracking.uri", f"sqlite:///{tmp_path}/mlflow.db"]
 
     refused = subprocess.run(
         command, cwd=work, env=environment | {"RAY_AUTH_MODE": "disabled"}, capture_output=True, text=True, check=False
@@ -86,6 +90,7 @@ def test_a_submitted_job_is_read_back_from_mlflow(
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
     assert "accuracy, fedfactory" in submitted.stdout
     assert "succeeded" in submitted.stdout
+    assert "s3://fedfactory/runs/small" in submitted.stdout
     (package,) = (session / "runtime_resources" / "working_dir_files").glob("_ray_pkg_*/")
     made_there = {"__pycache__", "mlruns"}
     uploaded = [path for path in package.rglob("*") if path.is_file() and not made_there & set(path.parts)]
@@ -96,4 +101,6 @@ def test_a_submitted_job_is_read_back_from_mlflow(
     (run,) = [run for run in client.search_runs(["1"]) if "mlflow.parentRunId" not in run.data.tags]
     assert run.info.status == "FINISHED"
     assert 0 <= run.data.metrics["accuracy"] <= 1
-    assert digests(tmp_path / "shared" / "small") == undisturbed
+    storage = Storage(f"{bucket}/runs/small")
+    found = {name: hashlib.sha256(storage.read(name)).hexdigest() for name in storage.names("")}
+    assert {name: found.get(name) for name in undisturbed} == undisturbed
