@@ -105,6 +105,8 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
             from fedfactory_ray.baselines.rounds import Federation, check
 
             check(config, session.partition)
+        if federated and config.classifier.norm == "batch":
+            console.print("note: statistics of batch norms are averaged too; --classifier.norm group has none")
         experts = None
         if FACTORY in methods or FACTORY_II in methods:
             modules, manifest = make_images(session)
@@ -128,9 +130,10 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
             ending.close()  # its actors make room for the test
         scores = evaluate(session, folders, alone, experts)
         seconds = session.longest
-        lines |= {
-            name: Line(name, {}, None, 0, 0, seconds["local"]) for name in (MEAN, BEST, ENSEMBLE) if LOCAL in methods
-        }
+        if LOCAL in methods:
+            sent = sum(session.storage.size(f"{folders[name]}/model.safetensors") for name in alone)
+            moved = {MEAN: 0, BEST: 0, ENSEMBLE: sent}
+            lines |= {name: Line(name, {}, None, up, 0, seconds["local"]) for name, up in moved.items()}
         if experts is not None:
             lines[LONE] = replace(lines[FACTORY_II], method=LONE)
         order = [CENTRALISED, MEAN, BEST, ENSEMBLE, *federated, FACTORY, LONE, FACTORY_II]
@@ -169,15 +172,11 @@ def run_experts(session: Session, modules: Modules, manifest: list[Shard]) -> tu
 
 def run_centralised(session: Session) -> tuple[Line, str]:
     """The classifier on all real images, which would all have to be uploaded."""
-    from fedfactory_ray.baselines.centralised import real_rows
-
-    rows = real_rows(session.config, session.partition, session.info)
     task = pipeline.make_task(session)
-    classifier = pipeline.fit_classifier(session, CENTRALISED, rows, task)
-    image_bytes = rows.images * int(np.prod(task.image_shape))
-    return Line(
-        CENTRALISED, {}, None, image_bytes, 0, session.longest[f"classifier ({CENTRALISED})"]
-    ), classifier.folder
+    classifier = pipeline.fit_centralised(session, task)
+    image_bytes = sum(len(share) for _, _, share in session.partition) * int(np.prod(task.image_shape))
+    seconds = session.longest[f"classifier ({CENTRALISED})"]
+    return Line(CENTRALISED, {}, None, image_bytes, 0, seconds), classifier.folder
 
 
 def run_local(session: Session, federation: Federation, folders: dict[str, str]) -> list[str]:
@@ -195,7 +194,7 @@ def run_local(session: Session, federation: Federation, folders: dict[str, str])
 
 def run_federated(session: Session, federation: Federation, method: str, run: Run) -> Federated:
     """A federated method; its curves are logged as they grow."""
-    from fedfactory_ray.baselines.methods import make_method
+    from fedfactory_ray.baselines.methods import METHODS
 
     config, logged = session.config.federated, set()
 
@@ -209,7 +208,7 @@ def run_federated(session: Session, federation: Federation, method: str, run: Ru
             shown.update(done.round, f"validation accuracy {done.validation_accuracy:.3f}")
             log(done)
 
-        finished = federation.run(method, make_method(method, config), on_round)
+        finished = federation.run(method, METHODS[method](config), on_round)
     for done in finished.history:
         if done.round not in logged:  # of an earlier start of the run
             log(done)

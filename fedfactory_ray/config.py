@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from fedfactory_ray.resources import ResourcesConfig
 from fedfactory_ray.sections import (
     NAME,
     ClassifierConfig,
@@ -18,7 +19,6 @@ from fedfactory_ray.sections import (
     FederatedConfig,
     GeneratorConfig,
     PartitionConfig,
-    ResourcesConfig,
     SamplerConfig,
     StorageConfig,
     SynthesisConfig,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -55,9 +56,11 @@ def run_phases(session: Session) -> Report:
     modules = train_modules(session, client_runs)
     manifest = draw_images(session, modules)
     task = make_task(session)
-    classifiers = {
-        method: fit_classifier(session, method, rows, task) for method, rows in training_rows(session, manifest).items()
-    }
+    classifiers = {}
+    if config.architecture != "decentralised":
+        classifiers[METHOD] = fit_classifier(session, METHOD, synthetic_rows(session, manifest), task)
+    if "centralised" in config.references:
+        classifiers["centralised"] = fit_centralised(session, task)
     experts = None if config.architecture == "centralised" else fit_experts(session, modules, manifest, task)
     result, drawn = evaluate(session, task, manifest, classifiers, experts)
     models = log_results(session, task, modules, manifest, classifiers, experts, result, drawn, client_runs)
@@ -140,18 +143,6 @@ def draw_images(session: Session, modules: Modules) -> list[Shard]:
     return manifest
 
 
-def training_rows(session: Session, manifest: list[Shard]) -> dict[str, Rows]:
-    """Rows to fit a classifier on, by method: the synthetic ones, and those of the references."""
-    from fedfactory_ray.baselines.centralised import real_rows
-
-    rows = {}
-    if session.config.architecture != "decentralised":
-        rows[METHOD] = synthetic_rows(session, manifest)
-    if "centralised" in session.config.references:
-        rows["centralised"] = real_rows(session.config, session.partition, session.info)
-    return rows
-
-
 def synthetic_rows(session: Session, manifest: list[Shard]) -> Rows:
     """The drawn images as a classifier's rows."""
     from fedfactory_ray.classification.rows import shard_rows
@@ -161,7 +152,7 @@ def synthetic_rows(session: Session, manifest: list[Shard]) -> Rows:
 
 
 def fit_classifier(session: Session, method: str, rows: Rows, task: Task) -> Classifier:
-    """The classifier is fitted, the references with the same recipe; curves are logged as they grow."""
+    """The classifier is fitted; curves are logged as they grow."""
     from fedfactory_ray.classification.fitting import Epoch
     from fedfactory_ray.classification.training import fit
 
@@ -183,6 +174,15 @@ def fit_classifier(session: Session, method: str, rows: Rows, task: Task) -> Cla
     child.tag("sha256", classifier.sha256)
     child.end()
     return classifier
+
+
+def fit_centralised(session: Session, task: Task) -> Classifier:
+    """The reference: the same classifier by the same recipe on all real images, for no fewer optimiser steps."""
+    from fedfactory_ray.baselines.centralised import real_rows, reference_config
+
+    rows = real_rows(session.config, session.partition, session.info)
+    longer = replace(session, config=reference_config(session.config, session.partition))
+    return fit_classifier(longer, "centralised", rows, task)
 
 
 def fit_experts(session: Session, modules: Modules, manifest: list[Shard], task: Task) -> Experts:

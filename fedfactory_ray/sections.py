@@ -297,8 +297,14 @@ class FederatedConfig(Section):
     """Passes of a client over its own images in a round."""
     client_fraction: float = Field(1.0, gt=0, le=1)
     """Share of the clients that take part in a round, drawn anew each time; at least one."""
-    client_lr: float | None = Field(None, gt=0)
-    """Learning rate of the clients' SGD; default: the method's own, `client_lr` in its file in baselines/."""
+    fedavg_lr: float = Field(0.1, gt=0)
+    """`fedavg`: learning rate of the clients' SGD."""
+    fedprox_lr: float = Field(0.1, gt=0)
+    """`fedprox`: learning rate of the clients' SGD."""
+    scaffold_lr: float = Field(0.1, gt=0)
+    """`scaffold`: learning rate of the clients' SGD."""
+    feddyn_lr: float = Field(0.03, gt=0)
+    """`feddyn`: learning rate of the clients' SGD."""
     server_lr: float = Field(1.0, gt=0)
     """Step of the server towards the clients' average (`fedavg`, `fedprox`, `scaffold`)."""
     weight_decay: float = Field(1e-4, ge=0)
@@ -313,32 +319,6 @@ class FederatedConfig(Section):
     """Every so-many-th training image of each (client, class) is held back for the choice of the round."""
     checkpoint_every: int = Field(10, ge=1)
     """Rounds between checkpoints, from which a broken run goes on."""
-
-
-class WorkerResources(Section):
-    """What one actor or worker asks of Ray."""
-
-    num_cpus: float = Field(1.0, gt=0)
-    """CPUs that Ray sets aside."""
-    threads: int = Field(1, ge=1)
-    """Torch threads; results may depend on it."""
-    num_gpus: float | None = Field(None, ge=0)
-    """GPUs, a fraction to share one; default: 1 where the cluster has GPUs, else 0."""
-
-
-class ResourcesConfig(Section):
-    """Resources of each phase; the same file serves a laptop and a cluster."""
-
-    client: WorkerResources = WorkerResources()
-    """A client's actor."""
-    synthesis: WorkerResources = WorkerResources()
-    """A synthesis actor."""
-    classifier: WorkerResources = WorkerResources()
-    """A Ray Train worker."""
-    classifier_workers: int = Field(1, ge=1)
-    """Number of Ray Train workers; part of what determines the classifier."""
-    max_actors: int | None = Field(None, ge=1)
-    """Upper bound of the client and of the synthesis actors; default: as many as fit."""
 
 
 class StorageConfig(Section):

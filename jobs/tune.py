@@ -1,6 +1,6 @@
 """Search for better settings of one method, on validation images; the same command goes on where it stopped.
 
-    python jobs/tune.py --method fedprox --search federated.client_lr=0.01,0.03,0.1 --search federated.prox_mu=0.001..1
+    python jobs/tune.py --method fedprox --search federated.fedprox_lr=0.01,0.03,0.1 --search federated.prox_mu=0.001..1
     python jobs/tune.py --method fedfactory --search sampler.evaluations=6,10,20 [settings as for run.py]
 
 A search is field=a,b,c (choices; a list in brackets is one choice) or field=low..high (a range: drawn uniformly, in the

@@ -13,14 +13,14 @@ import mlflow
 import numpy as np
 import pytest
 import ray
-from conftest import write_npz
+from small_runs import copy_job
 from test_pipeline import Finished, file_digests, run, small_config
 
 from fedfactory_ray.config import Config
 from fedfactory_ray.federation import ensemble, slots
 from fedfactory_ray.federation.round import ModuleHandle
 from fedfactory_ray.generation.card import ModuleCard
-from fedfactory_ray.sections import WorkerResources
+from fedfactory_ray.resources import WorkerResources
 from fedfactory_ray.storage import Storage
 from fedfactory_ray.synthesis.plan import Unit, make_units
 from fedfactory_ray.synthesis.synthesize import Synthesizer
@@ -38,17 +38,18 @@ class Both:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("architectures")
+    return tmp_path_factory.mktemp("architectures") / "job"
 
 
 @pytest.fixture(scope="module")
-def data(folder: Path) -> Path:
-    return write_npz(folder / "stripes.npz")
+def data(undisturbed_folder: Path) -> Path:
+    return undisturbed_folder / "stripes.npz"
 
 
 @pytest.fixture(scope="module")
-def both(cluster: None, folder: Path, data: Path) -> Both:
-    """Architecture I; then the same command with both, during which the driver may not open the data."""
+def both(cluster: None, undisturbed_folder: Path, folder: Path, data: Path) -> Both:
+    """A run of Architecture I; then the same command with both, during which the driver may not open the data."""
+    copy_job(undisturbed_folder, folder)
     centralised = run(small_config(folder, data, baselines=("none",)), folder)
     stamps = {p: p.stat().st_mtime_ns for pattern in MADE for p in centralised.folder.glob(pattern) if p.is_file()}
     patch = pytest.MonkeyPatch()

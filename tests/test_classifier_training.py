@@ -9,9 +9,10 @@ import pyarrow as pa
 import pyarrow.compute
 import pytest
 import ray
+import torch
 
 from fedfactory_ray.classification.batches import HeldBatches, keep_side
-from fedfactory_ray.classification.fitting import Epoch
+from fedfactory_ray.classification.fitting import Epoch, Fit
 from fedfactory_ray.classification.models import Task
 from fedfactory_ray.classification.rows import Rows
 from fedfactory_ray.classification.training import Classifier, fit
@@ -97,3 +98,18 @@ def test_validation_rows_are_a_tenth_and_stay_when_rows_go() -> None:
     without = table_of({name: column[there["client"] != "b"] for name, column in there.items()})
     kept = keep_side(without, 60, 0.1, True)
     assert kept.equals(validation.filter(pa.compute.not_equal(validation["client"], "b")))
+
+
+def test_a_fit_whose_loss_is_never_finite_is_an_error_also_after_a_break(tmp_path: Path) -> None:
+    recipe = Config().classifier.model_copy(update={"learning_rate": 1e30, "epochs": 2})
+    batches = HeldBatches(table_of(columns()), TASK.image_shape, 16, 0, 0, 1)
+    diverging = Fit(recipe, TASK, 15, 0, torch.device("cpu"))
+    with pytest.raises(FloatingPointError, match=r"never finite in 2 epochs[\s\S]*smaller classifier.learning_rate"):
+        list(diverging.epochs(batches, batches))
+    assert diverging.best is None
+    assert len(diverging.history) == 2
+    diverging.save(tmp_path)
+    resumed = Fit(recipe, TASK, 15, 0, torch.device("cpu"))
+    resumed.load(tmp_path)
+    with pytest.raises(FloatingPointError):
+        list(resumed.epochs(batches, batches))

@@ -15,10 +15,10 @@ from conftest import write_npz
 
 from fedfactory_ray.baselines import client as actors
 from fedfactory_ray.baselines import rounds
-from fedfactory_ray.baselines.alone import alone_recipe
+from fedfactory_ray.baselines.centralised import baseline_steps, for_steps, reference_config
 from fedfactory_ray.baselines.fedavg import FedAvg
 from fedfactory_ray.baselines.learner import Images, Learner, held_back, pack, unpack
-from fedfactory_ray.baselines.methods import METHODS, make_method
+from fedfactory_ray.baselines.methods import METHODS
 from fedfactory_ray.baselines.rounds import Federation, Round
 from fedfactory_ray.classification.models import Task, make_classifier
 from fedfactory_ray.cluster import Worker
@@ -31,7 +31,7 @@ from fedfactory_ray.storage import Storage
 TASK = Task(classes=3, channels=1, resolution=8)
 COUNTS = ((12, 12, 0), (0, 20, 11), (15, 0, 0), (4, 3, 5), (0, 0, 20))
 FEDERATED = {
-    **{"rounds": 4, "local_epochs": 1, "client_fraction": 0.6, "client_lr": 0.1},
+    **{"rounds": 4, "local_epochs": 1, "client_fraction": 0.6, "feddyn_lr": 0.1},
     **{"checkpoint_every": 2, "validation_every": 5},
 }
 
@@ -47,6 +47,7 @@ def config(data: Path, **federated: Any) -> Config:
             "data": {"source": str(data)},
             "partition": {"scheme": "skew", "counts": COUNTS},
             "classifier": {"batch_size": 8, "epochs": 2},
+            "synthesis": {"images_per_class": 16, "batch_size": 16, "unit_size": 16},
             "federated": FEDERATED | federated,
         }
     )
@@ -92,7 +93,7 @@ def test_weights_depend_neither_on_the_number_of_actors_nor_on_deaths_and_breaks
         with Federation(settings, partition, TASK, Worker(0.5, 0.0, 1, slots), storage) as federation:
             assert len(set(federation.slot.values())) == slots
             for name in METHODS:
-                method, heard = make_method(name, settings.federated), []
+                method, heard = METHODS[name](settings.federated), []
                 if slots == 1 and name in ("scaffold", "feddyn"):
                     with pytest.raises(Interrupted):
                         federation.run(name, method, stop_at(3, heard, federation.slot["client-000"]))
@@ -174,7 +175,7 @@ def test_bytes_are_those_of_the_messages(here: None, data: Path, tmp_path: Path)
     clients, drawn = 5, 3
     expected = {"fedavg": (1, 0), "fedprox": (1, 0), "scaffold": (2, 1), "feddyn": (1, 0)}
     for name, (up, extra) in expected.items():
-        first, second = federation.run(name, make_method(name, settings.federated), lambda _: None).history
+        first, second = federation.run(name, METHODS[name](settings.federated), lambda _: None).history
         for done, sent in ((first, drawn + clients), (second, clients)):
             assert done.clients == drawn
             assert done.bytes_up == pytest.approx(drawn * up * vector, rel=0.001)
@@ -203,20 +204,20 @@ def test_another_setting_makes_a_method_run_again_and_another_methods_does_not(
     here: None, data: Path, tmp_path: Path
 ) -> None:
     heard: dict[str, list[Round]] = {}
-    for label, changes in {"first": {}, "lr": {"client_lr": 0.05}, "mu": {"client_lr": 0.05, "prox_mu": 3.0}}.items():
+    for label, changes in {"first": {}, "lr": {"fedavg_lr": 0.05}, "mu": {"fedavg_lr": 0.05, "prox_mu": 3.0}}.items():
         settings = config(data, rounds=1, **changes)
         heard[label] = []
-        method = make_method("fedavg", settings.federated)
+        method = METHODS["fedavg"](settings.federated)
         federation_here(settings, data, tmp_path).run("fedavg", method, heard[label].append)
     assert [len(each) for each in heard.values()] == [1, 1, 0]
 
 
-def test_every_method_has_a_learning_rate_of_its_own_until_one_is_set(data: Path) -> None:
+def test_every_method_has_a_learning_rate_of_its_own(data: Path) -> None:
     for name in METHODS:
-        own = make_method(name, config(data, client_lr=None).federated)
-        assert own.client_lr == type(own).client_lr == METHODS[name](config(data).federated).client_lr
-        assert make_method(name, config(data, client_lr=0.5).federated).client_lr == 0.5
-        assert vars(own)["client_lr"] == own.client_lr  # so that it enters the fingerprint
+        method = METHODS[name](config(data, **{f"{name}_lr": 0.5}).federated)
+        others = [METHODS[other](config(data, **{f"{name}_lr": 0.5}).federated).client_lr for other in METHODS]
+        assert method.client_lr == vars(method)["client_lr"] == 0.5  # so that it enters the fingerprint
+        assert others.count(0.5) == 1
 
 
 def test_all_clients_learn_when_labels_are_shared(here: None, data: Path, tmp_path: Path) -> None:
@@ -317,9 +318,19 @@ def test_statistics_of_batch_norms_are_averaged_by_image_counts() -> None:
         torch.testing.assert_close(vector, start[name] + 2.0)
 
 
-def test_a_client_alone_takes_as_many_steps_as_the_centralised_fit() -> None:
-    settings = Config.model_validate({"classifier": {"epochs": 10, "batch_size": 64}})
-    for images in (10, 64, 100, 640):
-        recipe = alone_recipe(settings, images, 6400)
-        steps = recipe.epochs * (images // min(64, images))
-        assert 1000 <= steps < 1000 + images // min(64, images)
+def test_baselines_take_no_fewer_steps_than_the_factorys_classifier() -> None:
+    """Whether real images are fewer than the 640 synthetic ones of two classes, or more."""
+    for real in (100, 3200):
+        share = {label: np.arange(real // 2) for label in (0, 1)}
+        partition = Partition(2, {"a": share})
+        synthesis = {"images_per_class": 320, "batch_size": 32, "unit_size": 32}
+        settings = Config.model_validate({"classifier": {"epochs": 10}, "synthesis": synthesis})
+        factory = 10 * (int(max(640, real) * 0.9) // 64)
+        assert baseline_steps(settings, partition) == factory
+        assert (reference_config(settings, partition) == settings) == (real > 640)
+        for images, recipe in [
+            (int(real * 0.9), reference_config(settings, partition).classifier),
+            *((images, for_steps(settings.classifier, images, factory)) for images in (10, 64, 100)),
+        ]:
+            steps = recipe.epochs * max(1, images // 64)
+            assert factory <= steps < factory + max(1, images // 64)

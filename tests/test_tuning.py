@@ -57,12 +57,12 @@ def test_choices_alone_make_the_whole_grid_in_order() -> None:
 
 
 def test_settings_are_a_function_of_search_and_seed_and_more_trials_only_add() -> None:
-    search = ("federated.client_lr=0.003..0.3", "federated.prox_mu=0,0.01,1")
+    search = ("federated.fedprox_lr=0.003..0.3", "federated.prox_mu=0,0.01,1")
     assert len(settings_of(*search)) == 8
     assert settings_of(*search, trials=12)[:5] == settings_of(*search, trials=5) == settings_of(*search, trials=5)
     assert settings_of(*search, seed=1) != settings_of(*search)
     other_order = settings_of(*reversed(search))
-    assert [s["federated.client_lr"] for s in other_order] == [s["federated.client_lr"] for s in settings_of(*search)]
+    assert [s["federated.fedprox_lr"] for s in other_order] == [s["federated.fedprox_lr"] for s in settings_of(*search)]
     few = settings_of("sampler.evaluations=6,10,20", "sampler.solver=dpmpp,heun", trials=4)
     assert len({tuple(s.values()) for s in few}) == 4
 
@@ -85,9 +85,9 @@ def test_whole_numbers_that_run_out_end_the_search() -> None:
 
 
 def test_settings_read_as_yaml_and_paste_as_arguments() -> None:
-    settings = {"generator.half_precision_upload": "false", "federated.client_lr": "null", "classifier.shift": "0.2"}
-    config = configured(make_config(overrides=["--federated.client_lr", "1"]), settings)
-    assert (config.generator.half_precision_upload, config.federated.client_lr) == (False, None)
+    settings = {"generator.half_precision_upload": "false", "data.resolution": "null", "classifier.shift": "0.2"}
+    config = configured(make_config(overrides=["--data.resolution", "16"]), settings)
+    assert (config.generator.half_precision_upload, config.data.resolution) == (False, None)
     assert overrides(settings) == "--no-generator.half_precision_upload --classifier.shift 0.2"
     assert make_config(overrides=overrides(settings).split()).classifier.shift == 0.2
 
@@ -98,13 +98,13 @@ def test_settings_read_as_yaml_and_paste_as_arguments() -> None:
         (["federated.client_rl=1"], "found 'federated.client_rl', needed a setting"),
         (["storage.uri=a,b"], "needed a setting .* of seed, data, partition, classifier, federated"),
         (["generator.epochs=1,2"], "found 'generator.epochs'"),  # matters to the factory alone
-        (["federated.client_lr=0.1,-1"], "client_lr: Input should be greater than 0"),
-        (["federated.client_lr=0..1"], "client_lr: Input should be greater than 0"),
-        (["federated.client_lr=1..0.1"], "from 1 to 0.1, needed low..high"),
+        (["federated.fedavg_lr=0.1,-1"], "fedavg_lr: Input should be greater than 0"),
+        (["federated.fedavg_lr=0..1"], "fedavg_lr: Input should be greater than 0"),
+        (["federated.fedprox_lr=1..0.1"], "from 1 to 0.1, needed low..high"),
         (["federated.rounds=1.5..3"], "federated.rounds: Input should be a valid integer"),
         (["data.download=0..1"], "needed choices: data.download is no number"),
-        (["federated.client_lr=0.1,,1"], "found an empty value"),
-        (["federated.client_lr=[1"], "federated.client_lr"),
+        (["federated.fedprox_lr=0.1,,1"], "found an empty value"),
+        (["federated.fedprox_lr=[1"], "federated.fedprox_lr"),
         (["seed=1,2", "seed=3"], "searched twice"),
         (["partition.min_size=0", "classifier.blur=2"], "min_size(.|\n)*classifier.blur"),
         ([], "found none, needed at least one"),
@@ -133,7 +133,7 @@ def test_methods_that_cannot_be_tuned_are_refused() -> None:
 
 
 def test_settings_that_mean_the_same_are_tried_once() -> None:
-    assert len(make_trials(make_config(), "fedavg", ["federated.client_lr=0.1,0.10,1e-1,0.2"], None)) == 2
+    assert len(make_trials(make_config(), "fedavg", ["federated.fedprox_lr=0.1,0.10,1e-1,0.2"], None)) == 2
 
 
 # What a trial tells
@@ -279,7 +279,7 @@ def test_a_study_goes_on_after_the_driver_was_killed_and_is_logged_as_nested_run
     monkeypatch.chdir(tmp_path)  # where artifacts go
     partition = {"scheme": "skew", "counts": [[13, 13, 13]] * 3}
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(tree(tmp_path, blind, partition=partition)))
-    search = ("federated.client_lr=0.1,1e-6",)
+    search = ("federated.fedprox_lr=0.1,1e-6",)
     options = ("--config", "small.yaml", "--method", "fedprox", "--search", *search)
     job = subprocess.Popen(
         [sys.executable, str(ROOT / "jobs" / "tune.py"), *options],
@@ -311,7 +311,7 @@ def test_a_study_goes_on_after_the_driver_was_killed_and_is_logged_as_nested_run
     assert not (study / "tune").exists()
 
     best = make_config(file=str(study / "best.yaml"))
-    assert best.federated.client_lr == float(found.lines[0].settings["federated.client_lr"])
+    assert best.federated.fedprox_lr == float(found.lines[0].settings["federated.fedprox_lr"])
     assert best.name is None
 
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
@@ -319,7 +319,7 @@ def test_a_study_goes_on_after_the_driver_was_killed_and_is_logged_as_nested_run
     parent = next(run for run in runs if run.info.run_name == "tune-fedprox-small")
     children = {run.info.run_name: run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id}
     assert set(children) == {"trial-1", "trial-2"}
-    assert children["trial-2"].data.params == {"federated.client_lr": "1e-6"}
+    assert children["trial-2"].data.params == {"federated.fedprox_lr": "1e-6"}
     assert children["trial-2"].data.tags["outcome"] == "stopped early"
     for name, place in (("trial-1", 0), ("trial-2", 1)):
         curve = client.get_metric_history(children[name].info.run_id, "validation_accuracy")
@@ -346,8 +346,8 @@ def test_the_factorys_trials_share_modules_and_images(
     found = quietly(config, "fedfactory", "synthesis.images_per_class=16,48")
     study = tmp_path / "runs" / "tune-fedfactory-small"
     made = times(study, "modules-*/modules/**/*", "images-*/synthetic/**/*")
-    assert sum("model.safetensors" in file for file in made) == 6
-    assert sum(".parquet" in file for file in made) == 21
+    assert sum("model.safetensors" in file for file in made) == 5
+    assert sum(".parquet" in file for file in made) == 20
     assert len({file.split("/modules/")[0] for file in made if "/modules/" in file}) == 1
     assert {line.steps for line in found.lines} == {2}
     assert all(0 <= line.accuracy <= 1 for line in found.lines)
@@ -364,7 +364,7 @@ def test_a_study_that_cannot_run_is_refused_before_it_starts(cluster: None, tmp_
     with pytest.raises(DataInvalidError, match="no val images"):
         quietly(config, "centralised", "classifier.learning_rate=0.1,0.01")
     with pytest.raises(ResourcesError, match="smaller --concurrent"):
-        quietly(config, "fedavg", "federated.client_lr=0.1,0.01", concurrent=3)
+        quietly(config, "fedavg", "federated.fedavg_lr=0.1,0.01", concurrent=3)
     with pytest.raises(ResourcesError, match=r"resources\.classifier"):
         quietly(config, "centralised", "classifier.learning_rate=0.1,0.01", concurrent=2)
     assert not list((tmp_path / "runs").glob("*/trial-*"))

@@ -16,8 +16,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_npz
 from rich.console import Console
-from small_runs import copy_job
-from test_pipeline import SMALL, small_config
+from small_runs import SMALL, copy_job
+from test_pipeline import small_config
 
 from fedfactory_ray import pipeline
 from fedfactory_ray.command_line import stored_config
@@ -130,7 +130,7 @@ def test_the_result_is_the_run_in_which_the_client_never_took_part(place: Place)
     assert certificate.kept["modules"] == 5
     kept = [name for name in before if (new / name).exists() and name.split("/")[0] in ("modules", "synthetic")]
     assert [name for name in kept if (new / name).read_bytes() != before[name]] == [
-        "synthetic/class-000/client-000-00001.parquet"
+        "synthetic/class-000/client-000-00003.parquet"
     ]
     assert certificate.cost["spent"]["fits"] == 1 + 2
     assert certificate.cost["spent"]["modules_trained"] == 0
@@ -255,9 +255,11 @@ def test_the_order_of_requests_does_not_matter(
         verify(f"{a_then_b.run(last[:24]).uri}/{CERTIFICATE}", a_then_b.config(last[:24]), False, OUT)
     # What jobs/compare.py adds to the new run is no residue; what it would add of the forgotten is.
     new = a_then_b.run(last)
-    for folder in ("classifier/fedfactory", "classifier/fedavg", "experts/client-000"):
+    theirs = ("classifier/local-client-000", "experts/client-000")
+    for folder in ("classifier/fedfactory", "classifier/fedavg", "classifier/local-client-001", *theirs):
         new.write(f"{folder}/model.safetensors", b"")
-    assert left_in_new(new, second.after, second.deleted) == [f"{new.uri}/experts/client-000/model.safetensors"]
+    found = [f"{new.uri}/{folder}/model.safetensors" for folder in theirs]
+    assert left_in_new(new, second.after, second.deleted) == found
 
 
 @pytest.mark.parametrize(

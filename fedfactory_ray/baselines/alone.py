@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import ray
 
+from fedfactory_ray.baselines.centralised import baseline_steps, for_steps
 from fedfactory_ray.classification.card import verified_card
-from fedfactory_ray.config import Config
-from fedfactory_ray.sections import ClassifierConfig
 from fedfactory_ray.storage import Storage
 
 if TYPE_CHECKING:
@@ -30,29 +28,22 @@ class Alone:
     epoch: int
 
 
-def alone_recipe(config: Config, images: int, all_images: int) -> ClassifierConfig:
-    """The recipe for a client of `images` training images: as many optimiser steps as the centralised fit of
-    `all_images` takes, so that a small client is not merely trained for less long."""
-    recipe = config.classifier
-    steps = recipe.epochs * max(1, all_images // recipe.batch_size)
-    own = images // min(recipe.batch_size, images)
-    return recipe.model_copy(update={"epochs": math.ceil(steps / own)})
-
-
 def fit_alone(federation: Federation, listen: Callable[[int], None]) -> list[Alone]:
     """Every client's classifier, under classifier/local-<client>; `listen` is told how many are there.
 
+    Each takes as many optimiser steps as the centralised fit, lest a small client be merely trained for less long.
     What an earlier start fitted with the same settings is not fitted again.
     """
     config, storage, partition = federation.config, federation.storage, federation.partition
     every = config.federated.validation_every
-    content = [partition.sha256, config.data.source, config.classifier.model_dump(mode="json"), every, config.seed]
+    steps = baseline_steps(config, partition)
+    recipe = config.classifier.model_dump(mode="json")
+    content = [partition.sha256, config.data.source, recipe, steps, every, config.seed]
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     done = {client: stored_alone(storage, client, fingerprint) for client in partition.clients}
-    total = sum(federation.images.values())
     waiting = [
         federation.slot[client].fit_alone.remote(
-            client, alone_recipe(config, federation.images[client], total), storage, fingerprint
+            client, for_steps(config.classifier, federation.images[client], steps), storage, fingerprint
         )
         for client, found in done.items()
         if found is None

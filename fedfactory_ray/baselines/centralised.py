@@ -14,8 +14,31 @@ from fedfactory_ray.classification.rows import Rows
 from fedfactory_ray.config import Config
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import DataInfo
+from fedfactory_ray.sections import ClassifierConfig
 
 BLOCK_BYTES = 64 * 2**20
+
+
+def baseline_steps(config: Config, partition: Partition) -> int:
+    """Optimiser steps of a baseline's fit on real images: as many as the factory's classifier takes, lest it be merely
+    trained for longer; where there are more real images than synthetic ones, the recipe's epochs on those."""
+    recipe, held = config.classifier, [(label, len(share)) for _, label, share in partition]
+    drawn = config.synthesis.images_per_class * len({label for label, _ in held})
+    images = int(max(drawn, sum(n for _, n in held)) * (1 - recipe.validation_fraction))
+    return recipe.epochs * max(1, images // recipe.batch_size)
+
+
+def for_steps(recipe: ClassifierConfig, images: int, steps: int) -> ClassifierConfig:
+    """The recipe with as many epochs as `steps` optimiser steps take on `images` training images, rounded up."""
+    return recipe.model_copy(update={"epochs": math.ceil(steps / max(1, images // recipe.batch_size))})
+
+
+def reference_config(config: Config, partition: Partition) -> Config:
+    """`config` with the epochs of the centralised fit."""
+    recipe = config.classifier
+    images = int(sum(len(share) for _, _, share in partition) * (1 - recipe.validation_fraction))
+    longer = for_steps(recipe, images, baseline_steps(config, partition))
+    return config.model_copy(update={"classifier": longer})
 
 
 def real_rows(config: Config, partition: Partition, info: DataInfo) -> Rows:

@@ -16,9 +16,11 @@ from fedfactory_ray.classification.batches import HeldBatches
 from fedfactory_ray.classification.fitting import Fit
 from fedfactory_ray.classification.models import Task
 from fedfactory_ray.config import Config
+from fedfactory_ray.data.source import Source
 from fedfactory_ray.data.sources import open_source
 from fedfactory_ray.devices import assigned_device, prepare_process
-from fedfactory_ray.sections import ClassifierConfig, WorkerResources
+from fedfactory_ray.resources import WorkerResources
+from fedfactory_ray.sections import ClassifierConfig
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.storage import Storage
 from fedfactory_ray.synthesis.shard import image_table
@@ -54,11 +56,25 @@ class FederatedClient:
     def __init__(
         self, config: Config, task: Task, resources: WorkerResources, shares: dict[str, dict[int, np.ndarray]]
     ) -> None:
-        self.config, self.task, self.shares = config, task, shares
-        self.device = prepare_process(resources, assigned_device(ray.get_gpu_ids()))
-        self.source = open_source(config.data)
-        self.learner = Learner(config, task, self.device)
+        self.config, self.task, self.resources, self.shares = config, task, resources, shares
         self.kept: dict[str, tuple[Images, Images]] = {}
+        self._learner: Learner | None = None
+        self._source: Source | None = None
+
+    @property
+    def learner(self) -> Learner:
+        """The network, on the device that Ray assigned; made at the first use: constructors lose refusals."""
+        if self._learner is None:
+            device = prepare_process(self.resources, assigned_device(ray.get_gpu_ids()))
+            self._learner = Learner(self.config, self.task, device)
+        return self._learner
+
+    @property
+    def source(self) -> Source:
+        """The clients' images."""
+        if self._source is None:
+            self._source = open_source(self.config.data)
+        return self._source
 
     def images(self, client: str) -> tuple[Images, Images]:
         """The client's images that train, and those that validate."""
@@ -77,8 +93,8 @@ class FederatedClient:
     ) -> tuple[Trained, bytes, bytes]:
         """The client's part of a round: returns scalars, its upload, and its state, which is for its next round."""
         training, _ = self.images(client)
-        received = unpack(model, self.device) | unpack(extras, self.device)
-        old = method.start_client(received["weights"]) if state is None else unpack(state, self.device)
+        received = unpack(model, self.learner.device) | unpack(extras, self.learner.device)
+        old = method.start_client(received["weights"]) if state is None else unpack(state, self.learner.device)
         self.learner.load(received)
         seed = derive_seed(self.config.seed, "federated", client, round_)
         gradients = self.learner.gradients(training, seed)
@@ -90,7 +106,7 @@ class FederatedClient:
 
     def validate(self, client: str, model: bytes) -> Judgement:
         """Judge the server's model on the client's validation images; scalars alone come back."""
-        self.learner.load(unpack(model, self.device))
+        self.learner.load(unpack(model, self.learner.device))
         return self.learner.judge(self.images(client)[1])
 
     def fit_alone(self, client: str, recipe: ClassifierConfig, storage: Storage, fingerprint: str) -> Alone:
@@ -107,7 +123,7 @@ class FederatedClient:
         ]
         sides = [HeldBatches(table, self.task.image_shape, recipe.batch_size, seed, 0, 1) for table in tables]
         steps = len(training.labels) // min(recipe.batch_size, len(training.labels))
-        fit = Fit(recipe, self.task, steps, seed, self.device)
+        fit = Fit(recipe, self.task, steps, seed, self.learner.device)
         for _ in fit.epochs(*sides):
             pass
         if fit.best is None:

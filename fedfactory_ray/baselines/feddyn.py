@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,7 +24,6 @@ class FedDyn(Method):
     """
 
     alpha: float
-    client_lr: float = field(default=0.03, kw_only=True)
 
     def start_server(self, weights: Tensor) -> Vectors:
         """See Method."""

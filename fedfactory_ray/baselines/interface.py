@@ -34,7 +34,7 @@ class Method:
     """
 
     client_lr: float = field(default=0.1, kw_only=True)
-    """η_l: learning rate of the clients' SGD. A method for which another one is better gives its own default."""
+    """η_l: learning rate of the clients' SGD."""
     server_lr = 1.0
 
     def start_server(self, weights: Tensor) -> Vectors:

@@ -128,10 +128,11 @@ class Federation:
         """
         settings, folder = self.config.federated, f"classifier/{name}"
         fingerprint = self.fingerprint(method)
+        checkpoints = f"federated/{name}-{fingerprint[:16]}"
         stored = stored_method(self.storage, folder, fingerprint)
         if stored is not None:
+            self.storage.delete_folder(checkpoints)  # of a start that was killed at its very end
             return stored
-        checkpoints = f"federated/{name}-{fingerprint[:16]}"
         state = self._resume(checkpoints) or self._start(method)
         while not self._ended(state):
             done = self._round(method, state, len(state.history) + 1)

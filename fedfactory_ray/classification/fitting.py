@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -88,7 +89,8 @@ class Fit:
     def epochs(self, training: Batches, validation: Batches, real: Batches | None = None) -> Iterator[Epoch]:
         """Fit epoch by epoch, going on behind the loaded checkpoint if there is one.
 
-        `validation` chooses the epoch; what is told of `real` changes nothing.
+        `validation` chooses the epoch; what is told of `real` changes nothing. Raises FloatingPointError where no
+        epoch has a finite validation loss.
         """
         model = self.wrap(self.network)
         for epoch in range(len(self.history), self.recipe.epochs):
@@ -97,10 +99,16 @@ class Fit:
             judged = self._validate(real) if real is not None else (None, None)
             done = Epoch(epoch + 1, self.recipe.epochs, loss, validation_loss, accuracy, *judged)
             self.history.append(done)
-            if self.best is None or done.validation_loss <= self.best.validation_loss:
+            better = self.best is None or done.validation_loss <= self.best.validation_loss
+            if better and math.isfinite(done.validation_loss):
                 self.best = done
                 self.best_weights = {k: v.detach().cpu().clone() for k, v in self.network.state_dict().items()}
             yield done
+        if self.best is None:
+            raise FloatingPointError(
+                f"the classifier's validation loss was never finite in {self.recipe.epochs} epochs: the fit diverged; "
+                "try a smaller classifier.learning_rate"
+            )
 
     def _train(self, model: nn.Module, training: Batches, epoch: int) -> float:
         # Generators of this epoch and rank: a resumed fit draws what an unbroken one draws.
@@ -165,5 +173,5 @@ class Fit:
         self.scaler.load_state_dict(state["scaler"])
         self.best_weights = safetensors.torch.load_file(Path(folder, WEIGHTS))
         progress = json.loads(Path(folder, PROGRESS).read_text())
-        self.step, self.best = progress["step"], Epoch(**progress["best"])
+        self.step, self.best = progress["step"], Epoch(**progress["best"]) if progress["best"] else None
         self.history = [Epoch(**epoch) for epoch in progress["history"]]

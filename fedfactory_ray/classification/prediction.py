@@ -17,7 +17,7 @@ from fedfactory_ray.data.sources import open_source
 from fedfactory_ray.data.transforms import to_tensor
 from fedfactory_ray.devices import assigned_device, environment, prepare_process
 from fedfactory_ray.experts import mixture, product
-from fedfactory_ray.sections import WorkerResources
+from fedfactory_ray.resources import WorkerResources
 from fedfactory_ray.storage import Storage
 
 BATCH_SIZE = 500

@@ -12,7 +12,7 @@ import ray
 
 from fedfactory_ray.config import Config
 from fedfactory_ray.generation.card import ModuleCard
-from fedfactory_ray.sections import WorkerResources
+from fedfactory_ray.resources import WorkerResources
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.storage import Storage
 

@@ -15,7 +15,7 @@ from ray.exceptions import ObjectLostError, RayActorError
 from fedfactory_ray.cluster import Worker
 from fedfactory_ray.config import Config
 from fedfactory_ray.federation.round import ModuleHandle
-from fedfactory_ray.sections import WorkerResources
+from fedfactory_ray.resources import WorkerResources
 from fedfactory_ray.storage import Storage
 from fedfactory_ray.synthesis.plan import Unit, make_units
 from fedfactory_ray.synthesis.shard import verified_digest

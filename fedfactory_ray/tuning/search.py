@@ -75,7 +75,7 @@ def parse_search(texts: Sequence[str], config: Config, sections: Sequence[str]) 
             except ConfigError as error:
                 problems += [f"--search {text}: {problem}" for problem in error.problems]
     if not texts:
-        problems.append("--search: found none, needed at least one, such as --search federated.client_lr=0.01,0.03,0.1")
+        problems.append("--search: found none, needed at least one, such as --search federated.fedavg_lr=0.01,0.03,0.1")
     if problems:
         raise ConfigError(problems)
     return dimensions

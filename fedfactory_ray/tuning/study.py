@@ -15,10 +15,12 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 from rich.console import Console
 
 from fedfactory_ray.baselines import rounds
+from fedfactory_ray.baselines.centralised import reference_config
 from fedfactory_ray.baselines.methods import METHODS
 from fedfactory_ray.cluster import Worker, make_plan
 from fedfactory_ray.comparison import CENTRALISED
 from fedfactory_ray.config import METHOD, Config
+from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.errors import ConfigError, DataInvalidError, ResourcesError
 from fedfactory_ray.progress import Bars, bars
 from fedfactory_ray.session import Session, find_refusal, open_session, run_name
@@ -104,7 +106,9 @@ def run_study(
         unit = "rounds" if method in METHODS else "epochs"
         with bars(console, f"tuning {method}", len(made), "trials") as shown:
             watch = Watch(session, unit, storages, records, shown)
-            run_trials(session, watch, jobs, max(_steps(method, trial.config) for trial in made), concurrent)
+            run_trials(
+                session, watch, jobs, max(_steps(method, trial.config, session.partition) for trial in made), concurrent
+            )
         lines = sorted((Line.of(record) for record in records), key=lambda line: line.rank)
         study = Study(session.name, session.storage.uri, method, unit, lines)
         best = configured(config, lines[0].settings).model_dump(mode="json", exclude={"name"})
@@ -305,5 +309,7 @@ def make_scheduler(steps: int, records: Sequence[Record]) -> TrialScheduler:
     return scheduler
 
 
-def _steps(method: str, config: Config) -> int:
-    return config.federated.rounds if method in METHODS else config.classifier.epochs
+def _steps(method: str, config: Config, partition: Partition) -> int:
+    if method in METHODS:
+        return config.federated.rounds
+    return (config if method == METHOD else reference_config(config, partition)).classifier.epochs

@@ -63,7 +63,7 @@ def run_trial(chosen: Mapping[str, int], jobs: Sequence[Job]) -> None:
 
 def run_federated(job: Job, tell: Tell) -> tuple[float, float]:
     """A federated method; returns accuracy and loss of the chosen round on the clients' validation images."""
-    from fedfactory_ray.baselines.methods import make_method
+    from fedfactory_ray.baselines.methods import METHODS
     from fedfactory_ray.baselines.rounds import Federation, Round
     from fedfactory_ray.classification.models import Task
 
@@ -74,7 +74,7 @@ def run_federated(job: Job, tell: Tell) -> tuple[float, float]:
 
     task = Task(info.classes, info.channels, info.resolution)
     with Federation(job.config, job.partition, task, job.worker, job.storage) as federation:
-        found = federation.run(job.method, make_method(job.method, settings), on_round)
+        found = federation.run(job.method, METHODS[job.method](settings), on_round)
     for done in found.history:
         on_round(done)
     if not found.chosen:  # it diverged at once
@@ -85,7 +85,7 @@ def run_federated(job: Job, tell: Tell) -> tuple[float, float]:
 
 def run_classifier(job: Job, tell: Tell) -> tuple[float, float]:
     """A classifier's fit; returns accuracy and loss of the chosen epoch on the real validation split."""
-    from fedfactory_ray.baselines.centralised import real_rows
+    from fedfactory_ray.baselines.centralised import real_rows, reference_config
     from fedfactory_ray.classification.models import Task
     from fedfactory_ray.classification.training import fit
 
@@ -94,9 +94,12 @@ def run_classifier(job: Job, tell: Tell) -> tuple[float, float]:
     def on_epoch(epoch: Epoch) -> None:
         tell(epoch.epoch, epoch.epochs, *real(epoch))
 
-    rows = job.drawn.rows(job.config) if job.drawn else real_rows(job.config, job.partition, info)
+    if job.drawn:
+        config, rows = job.config, job.drawn.rows(job.config)
+    else:
+        config, rows = reference_config(job.config, job.partition), real_rows(job.config, job.partition, info)
     task = Task(info.classes, info.channels, info.resolution)
-    fitted = fit(job.config, rows, task, job.worker, job.storage, job.method, on_epoch, judged=True)
+    fitted = fit(config, rows, task, job.worker, job.storage, job.method, on_epoch, judged=True)
     for epoch in fitted.history:
         on_epoch(epoch)
     return real(fitted.history[fitted.epoch - 1])

@@ -14,7 +14,7 @@ from fedfactory_ray import pipeline, plots, tracking
 from fedfactory_ray.cluster import connect, make_plan
 from fedfactory_ray.config import Config, merge
 from fedfactory_ray.errors import UnlearningError
-from fedfactory_ray.sections import WorkerResources
+from fedfactory_ray.resources import WorkerResources
 from fedfactory_ray.session import FORGETTING, FORGOTTEN, Session, claim, open_session, refuse_forgotten
 from fedfactory_ray.storage import TEMPORARY, Storage
 from fedfactory_ray.unlearning.certificate import Certificate, audit_lines, cost, note, what_went

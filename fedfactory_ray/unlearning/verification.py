@@ -58,7 +58,8 @@ def left_in_new(new: Storage, after: Facts, gone: dict[str, list[dict[str, Any]]
     cards = {f"{posixpath.dirname(name)}/card.json" for name in accounted}
     units = {shard.file for shard in after.shards}
     clients = {card.client for card in after.cards}
-    compared = ["classifier/[^/]+"] * (after.classifier is None) + [f"classifier/(?!{METHOD}/)[^/]+"]
+    compared = [r"classifier/(?!local-)[^/]+" if after.classifier is None else rf"classifier/(?!local-|{METHOD}/)[^/]+"]
+    compared += [rf"classifier/local-{re.escape(client)}" for client in clients]
     compared += [f"experts/{re.escape(client)}" for client in clients if client not in after.experts]
     finished = re.compile(f"({'|'.join(compared)})/({re.escape(WEIGHTS)}|card.json)")
     known = KNOWN | cards | units | accounted.keys()

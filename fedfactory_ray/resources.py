@@ -1,0 +1,33 @@
+"""The section of the configuration that tells what each phase asks of the cluster."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from fedfactory_ray.sections import Section
+
+
+class WorkerResources(Section):
+    """What one actor or worker asks of Ray."""
+
+    num_cpus: float = Field(1.0, gt=0)
+    """CPUs that Ray sets aside."""
+    threads: int = Field(1, ge=1)
+    """Torch threads; results may depend on it."""
+    num_gpus: float | None = Field(None, ge=0)
+    """GPUs, a fraction to share one; default: 1 where the cluster has GPUs, else 0."""
+
+
+class ResourcesConfig(Section):
+    """Resources of each phase; the same file serves a laptop and a cluster."""
+
+    client: WorkerResources = WorkerResources()
+    """A client's actor."""
+    synthesis: WorkerResources = WorkerResources()
+    """A synthesis actor."""
+    classifier: WorkerResources = WorkerResources()
+    """A Ray Train worker."""
+    classifier_workers: int = Field(1, ge=1)
+    """Number of Ray Train workers; part of what determines the classifier."""
+    max_actors: int | None = Field(None, ge=1)
+    """Upper bound of the client and of the synthesis actors; default: as many as fit."""
