@@ -75,8 +75,11 @@ def compare(config: Config, methods: Sequence[str], seeds: int, console: Console
     unknown = sorted(set(methods) - set(method_names()))
     if unknown:
         raise ConfigError([f"methods: {', '.join(unknown)} unknown: choose of {', '.join(method_names())}"])
-    if config.apart:
-        raise ConfigError(["partition natural or modules from files: the comparison needs all images in one place"])
+    if config.modules is not None:
+        raise ConfigError(["modules from files: the other methods need their clients in this cluster"])
+    if config.apart and CENTRALISED in methods:
+        others = " ".join(method for method in method_names() if method != CENTRALISED)
+        raise ConfigError([f"partition natural: centralised needs all images in one place; try --methods {others}"])
     if seeds < 1:
         raise ConfigError([f"seeds: found {seeds}, needed at least 1"])
     found = []

@@ -73,6 +73,12 @@ def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
         compare(make_config(), ["fedavg", "fedsgd"], 1, Console(file=io.StringIO()))
 
 
+def test_natural_silos_have_no_centralised_fit() -> None:
+    natural = {"scheme": "natural", "silos": [{"name": "a", "source": "a.npz"}]}
+    with pytest.raises(ConfigError, match="centralised needs all images in one place; try --methods local fedavg"):
+        compare(Config.model_validate({"partition": natural}), method_names(), 1, Console(file=io.StringIO()))
+
+
 def test_the_baselines_settings_leave_the_factorys_run_where_it_is() -> None:
     assert run_name(make_config()) == run_name(make_config(overrides=["--federated.rounds", "3"]))
     assert run_name(make_config()) != run_name(make_config(overrides=["--classifier.norm", "batch"]))

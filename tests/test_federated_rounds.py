@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -27,6 +27,7 @@ from fedfactory_ray.data.partition import Partition, make_partition
 from fedfactory_ray.data.transforms import to_tensor
 from fedfactory_ray.errors import PartitionError
 from fedfactory_ray.storage import Storage
+from fedfactory_ray.survey import held_elsewhere
 
 TASK = Task(classes=3, channels=1, resolution=8)
 COUNTS = ((12, 12, 0), (0, 20, 11), (15, 0, 0), (4, 3, 5), (0, 0, 20))
@@ -140,10 +141,13 @@ class Called:
 class Here:
     """Stands for an actor class, whose actors live in this process."""
 
+    options_given: ClassVar[list[dict[str, Any]]] = []
+
     def __init__(self, kind: Any) -> None:
         self.kind = kind.__ray_metadata__.modified_class
 
-    def options(self, **_: Any) -> Here:
+    def options(self, **given: Any) -> Here:
+        self.options_given.append(given)
         return self
 
     def remote(self, *arguments: Any) -> Any:
@@ -226,6 +230,32 @@ def test_all_clients_learn_when_labels_are_shared(here: None, data: Path, tmp_pa
     )
     done = federation_here(settings, data, tmp_path).run("fedavg", FedAvg(), lambda _: None)
     assert done.history[done.chosen - 1].validation_accuracy > 0.9
+
+
+def test_natural_silos_are_read_where_they_lie(here: None, data: Path, tmp_path: Path) -> None:
+    """The same images as two clients of one file: the same weights; each silo's actor is held to its place."""
+    whole = np.load(data)
+    labels = whole["train_labels"].ravel()
+    mine = {"north": np.flatnonzero(labels < 2), "south": np.flatnonzero(labels == 2)}
+    silos = []
+    for name, kept in mine.items():
+        file = tmp_path / f"{name}.npz"
+        np.savez(file, train_images=whole["train_images"][kept], train_labels=whole["train_labels"][kept])
+        silos.append({"name": name, "source": str(file), "labels": {"site": name}})
+    tree = config(data, rounds=2, client_fraction=1.0).model_dump(mode="json")
+    natural = Config.model_validate(tree | {"partition": {"scheme": "natural", "silos": silos}})
+    shares = {name: {y: np.flatnonzero(labels == y) for y in sorted(set(labels[kept]))} for name, kept in mine.items()}
+    counts = {(name, y): len(indices) for name, share in shares.items() for y, indices in share.items()}
+    found = {}
+    for name, settings, partition in (
+        ("apart", natural, held_elsewhere(counts, 3)),
+        ("together", Config.model_validate(tree), Partition(3, shares)),
+    ):
+        federation = Federation(settings, partition, TASK, Worker(1.0, 0.0, 1, 2), Storage(str(tmp_path / name)))
+        places = [options.get("label_selector") for options in Here.options_given[-2:]]
+        assert places == ([{"site": "north"}, {"site": "south"}] if name == "apart" else [None, None])
+        found[name] = federation.run("fedavg", METHODS["fedavg"](settings.federated), lambda _: None).sha256
+    assert found["apart"] == found["together"]
 
 
 def test_a_partition_too_thin_to_validate_is_refused(here: None, data: Path, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from fedfactory_ray.config import Config
 from fedfactory_ray.data.source import Source
 from fedfactory_ray.data.sources import open_source
 from fedfactory_ray.devices import assigned_device, prepare_process
+from fedfactory_ray.federation.client import own_indices
 from fedfactory_ray.resources import WorkerResources
 from fedfactory_ray.sections import ClassifierConfig
 from fedfactory_ray.seeds import derive_seed
@@ -59,7 +60,7 @@ class FederatedClient:
         self.config, self.task, self.resources, self.shares = config, task, resources, shares
         self.kept: dict[str, tuple[Images, Images]] = {}
         self._learner: Learner | None = None
-        self._source: Source | None = None
+        self._sources: dict[str, Source] = {}
 
     @property
     def learner(self) -> Learner:
@@ -69,24 +70,26 @@ class FederatedClient:
             self._learner = Learner(self.config, self.task, device)
         return self._learner
 
-    @property
-    def source(self) -> Source:
-        """The clients' images."""
-        if self._source is None:
-            self._source = open_source(self.config.data)
-        return self._source
+    def source(self, client: str) -> Source:
+        """Where the client's images are."""
+        data = self.config.data_of(client)
+        if data.source not in self._sources:
+            self._sources[data.source] = open_source(data)
+        return self._sources[data.source]
 
     def images(self, client: str) -> tuple[Images, Images]:
         """The client's images that train, and those that validate."""
         if client not in self.kept:
             sides = held_back(self.shares[client], self.config.federated.validation_every)
-            self.kept[client] = (self._read(sides[0]), self._read(sides[1]))
+            self.kept[client] = (self._read(client, sides[0]), self._read(client, sides[1]))
         return self.kept[client]
 
-    def _read(self, share: dict[int, np.ndarray]) -> Images:
-        indices = np.concatenate([share[label] for label in sorted(share)])
-        labels = np.repeat(sorted(share), [len(share[label]) for label in sorted(share)])
-        return Images(torch.from_numpy(self.source.images("train", indices)), torch.from_numpy(labels).long())
+    def _read(self, client: str, share: dict[int, np.ndarray]) -> Images:
+        source = self.source(client)
+        indices = [own_indices(self.config, source, label, share[label]) for label in sorted(share)]
+        labels = np.repeat(sorted(share), [len(each) for each in indices])
+        images = source.images("train", np.concatenate(indices))
+        return Images(torch.from_numpy(images), torch.from_numpy(labels).long())
 
     def train(
         self, client: str, method: Method, round_: int, model: bytes, extras: bytes, state: bytes | None

@@ -17,7 +17,7 @@ from fedfactory_ray.baselines.interface import Method
 from fedfactory_ray.baselines.learner import Judgement, held_back
 from fedfactory_ray.classification.card import verified_card
 from fedfactory_ray.classification.models import Task
-from fedfactory_ray.cluster import Worker
+from fedfactory_ray.cluster import Worker, placement
 from fedfactory_ray.config import Config
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.errors import ConfigError, PartitionError
@@ -102,15 +102,25 @@ class Federation:
         self.images = {
             client: sum(map(len, held_back(share, every)[0].values())) for client, share in partition.shares.items()
         }
-        dealt: list[list[str]] = [[] for _ in range(min(worker.slots, len(partition.clients)))]
+        demands = {"num_cpus": worker.num_cpus, "num_gpus": worker.num_gpus}
+        self.slot: dict[str, Any] = {}
+        for clients in self._deal(worker.slots):
+            shares = {client: partition.shares[client] for client in clients}
+            actor = cast(Any, FederatedClient).options(**demands, **placement(config, clients[0]))
+            self.slot |= dict.fromkeys(clients, actor.remote(config, task, worker.resources, shares))
+        self.server = cast(Any, Server).remote(config, task)
+
+    def _deal(self, slots: int) -> list[list[str]]:
+        """The clients of each slot: alike in images, or, of natural silos, those of one place."""
+        if self.config.partition.silos:
+            places: dict[str, list[str]] = {}
+            for client in self.partition.clients:
+                places.setdefault(json.dumps(placement(self.config, client), sort_keys=True), []).append(client)
+            return list(places.values())
+        dealt: list[list[str]] = [[] for _ in range(min(slots, len(self.images)))]
         for client in sorted(self.images, key=lambda client: (-self.images[client], client)):
             min(dealt, key=lambda clients: sum(self.images[c] for c in clients)).append(client)
-        start = cast(Any, FederatedClient).options(num_cpus=worker.num_cpus, num_gpus=worker.num_gpus)
-        self.slot: dict[str, Any] = {}
-        for clients in dealt:
-            shares = {client: partition.shares[client] for client in clients}
-            self.slot |= dict.fromkeys(clients, start.remote(config, task, worker.resources, shares))
-        self.server = cast(Any, Server).remote(config, task)
+        return dealt
 
     def __enter__(self) -> Federation:
         return self
