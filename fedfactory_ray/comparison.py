@@ -50,13 +50,14 @@ class Line:
 @dataclass(frozen=True)
 class Comparison:
     """What a comparison on one seed, or over several, tells; `curves` are validation accuracies by round. Architecture
-    II's line is without the experts of the clients `missing`."""
+    II's line is without the experts of the clients `missing`; methods that `diverged` at once are untrained."""
 
     name: str
     storage: str
     lines: list[Line]
     curves: dict[str, list[float]]
     missing: tuple[str, ...] = ()
+    diverged: tuple[str, ...] = ()
 
 
 def method_names() -> list[str]:
@@ -119,7 +120,7 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
                 lines[FACTORY_II], experts = run_experts(session, modules, manifest)
         if CENTRALISED in methods:
             lines[CENTRALISED], folders[CENTRALISED] = run_centralised(session)
-        curves, alone = {}, []
+        curves, alone, diverged = {}, [], []
         if federated or LOCAL in methods:
             federation = ending.enter_context(
                 Federation(config, session.partition, pipeline.make_task(session), session.plan.client, session.storage)
@@ -130,6 +131,7 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
                 done = run_federated(session, federation, method, runs[method])
                 lines[method], folders[method] = federated_line(method, done.history), done.folder
                 curves[method] = [r.validation_accuracy for r in done.history]
+                diverged += [] if done.chosen else [method]
             ending.close()  # its actors make room for the test
         scores = evaluate(session, folders, alone, experts)
         seconds = session.longest
@@ -142,7 +144,7 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
         order = [CENTRALISED, MEAN, BEST, ENSEMBLE, *federated, FACTORY, LONE, FACTORY_II]
         found = [replace(lines[name], scores=scores[name]) for name in order if name in lines]
         missing = tuple(experts.missing) if experts else ()
-        comparison = Comparison(session.name, session.storage.uri, found, curves, missing)
+        comparison = Comparison(session.name, session.storage.uri, found, curves, missing, tuple(diverged))
         session.storage.write_json("comparison.json", [vars(line) for line in found])
         log_comparison(session.run, {ENSEMBLE: runs[LOCAL], **runs} if LOCAL in runs else runs, comparison)
     return comparison
@@ -277,8 +279,11 @@ def over_seeds(found: Sequence[Comparison]) -> Comparison:
             )
         )
     name = f"{found[0].name}-and-{len(found) - 1}-more-seeds"
-    missing = tuple(f"{client} ({comparison.name})" for comparison in found for client in comparison.missing)
-    return Comparison(name, found[0].storage, lines, found[0].curves, missing)
+    missing, diverged = (
+        tuple(f"{one} ({comparison.name})" for comparison in found for one in getattr(comparison, kind))
+        for kind in ("missing", "diverged")
+    )
+    return Comparison(name, found[0].storage, lines, found[0].curves, missing, diverged)
 
 
 def score_text(scores: dict[str, float], score: str) -> str:
@@ -305,8 +310,12 @@ def comparison_table(comparison: Comparison) -> Table:
             f"{line.bytes_down / 1e6:.2f}",
             f"{line.seconds:.0f}",
         )
+    notes = []
     if comparison.missing:
-        table.caption = f"{FACTORY_II} is without the experts of {', '.join(comparison.missing)}"
+        notes.append(f"{FACTORY_II} is without the experts of {', '.join(comparison.missing)}")
+    if comparison.diverged:
+        notes.append(f"diverged at once, shown untrained: {', '.join(comparison.diverged)}")
+    table.caption = "\n".join(notes) or None
     return table
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from pathlib import Path
 
 import mlflow
@@ -48,6 +49,14 @@ def test_one_seed_shows_intervals_and_several_show_deviations() -> None:
     assert fedavg.rounds == 20
     assert whole.lines[0].rounds is None
     assert "0.3000 ± 0.1000" in printed(whole)
+
+
+def test_what_is_missing_or_diverged_stands_below_the_table() -> None:
+    broken = replace(comparison(0.2, 10), missing=("client-003",), diverged=("fedavg",))
+    assert "without the experts of client-003" in printed(broken)
+    assert "diverged at once, shown untrained: fedavg" in printed(broken)
+    assert "fedavg (digits)" in printed(over_seeds([broken, comparison(0.3, 10)]))
+    assert "diverged" not in printed(comparison(0.2, 10))
 
 
 def test_a_narrow_screen_shows_every_figure_whole() -> None:
