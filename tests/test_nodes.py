@@ -180,14 +180,27 @@ def test_natural_silos_are_read_on_their_own_nodes_alone(tmp_path: Path, monkeyp
     with nodes(monkeypatch, *each) as cluster:
         ids = [cluster.head_node.node_id, *(node.node_id for node in cluster.worker_nodes)]
         made = finish(start(tmp_path, files["test"], **natural), tmp_path)
+        runs = children(tmp_path)
+        compared = subprocess.run(
+            [
+                *(sys.executable, str(ROOT / "jobs" / "compare.py"), "--config", "small.yaml", "--methods", "fedavg"),
+                *("local", "--federated.rounds", "2", "--federated.local_epochs", "1"),
+            ],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert compared.returncode == 0, compared.stdout + compared.stderr
+        assert "local, ensemble" in compared.stdout
     notes = [json.loads(line) for line in (tmp_path / "hooks.jsonl").read_text().splitlines()]
+    assert len({entry["pid"] for entry in notes if entry.get("opened") == str(files["north"])}) >= 2  # both jobs
     readers = {
         name: {entry["node"] for entry in notes if entry.get("opened") == str(path)} for name, path in files.items()
     }
     assert len(readers["north"]) == len(readers["south"]) == 1
     assert readers["north"] != readers["south"]
     assert readers["north"] | readers["south"] <= set(ids[1:])
-    runs = children(tmp_path)
     assert {runs["north"].data.tags["node"]} == readers["north"]
 
     # The same silos apart, without a cluster: the same modules, which then travel as files.
