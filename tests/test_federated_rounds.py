@@ -25,7 +25,8 @@ from fedfactory_ray.cluster import Worker
 from fedfactory_ray.config import Config
 from fedfactory_ray.data.partition import Partition, make_partition
 from fedfactory_ray.data.transforms import to_tensor
-from fedfactory_ray.errors import PartitionError
+from fedfactory_ray.errors import PartitionError, ResourcesError
+from fedfactory_ray.resources import WorkerResources
 from fedfactory_ray.storage import Storage
 from fedfactory_ray.survey import held_elsewhere
 
@@ -256,6 +257,29 @@ def test_natural_silos_are_read_where_they_lie(here: None, data: Path, tmp_path:
         assert places == ([{"site": "north"}, {"site": "south"}] if name == "apart" else [None, None])
         found[name] = federation.run("fedavg", METHODS["fedavg"](settings.federated), lambda _: None).sha256
     assert found["apart"] == found["together"]
+
+
+def test_checkpoints_of_a_start_that_was_killed_at_its_very_end_go(here: None, data: Path, tmp_path: Path) -> None:
+    settings, storage = config(data, rounds=1), Storage(str(tmp_path))
+    federation = federation_here(settings, data, tmp_path)
+    first = federation.run("fedavg", FedAvg(), lambda _: None)
+    storage.write(f"federated/fedavg-{federation.fingerprint(FedAvg())[:16]}/progress.json", b"{}")
+    assert federation.run("fedavg", FedAvg(), lambda _: None) == first
+    assert storage.names("federated") == []
+
+
+def test_a_refused_device_is_told_at_the_first_use(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not in the actor's constructor, where Ray would make a dead actor of it."""
+
+    def refuse(_: Any) -> Any:
+        raise ResourcesError("GPU 0, assigned by Ray", "a torch that sees it", "another torch")
+
+    monkeypatch.setattr(actors, "assigned_device", refuse)
+    monkeypatch.setattr(actors.ray, "get_gpu_ids", lambda: ["0"])
+    settings = config(data)
+    actor = actors.FederatedClient.__ray_metadata__.modified_class(settings, TASK, WorkerResources(), {})
+    with pytest.raises(ResourcesError, match="assigned by Ray"):
+        actor.validate("client-000", b"")
 
 
 def test_a_partition_too_thin_to_validate_is_refused(here: None, data: Path, tmp_path: Path) -> None:

@@ -313,6 +313,8 @@ def test_the_comparison_goes_on_from_the_runs_folder(finished: Finished, folder:
     assert lines["fedfactory-ii"].bytes_up == finished.report.uploaded_bytes + experts > lines["fedfactory"].bytes_up
     assert lines["fedfactory-ii"].bytes_down > 0
     assert lines["centralised"].bytes_up == 120 * 64
+    alone = sum(path.stat().st_size for path in finished.folder.glob("classifier/local-*/model.safetensors"))
+    assert lines[ENSEMBLE].bytes_up == alone > lines[MEAN].bytes_up == lines[BEST].bytes_up == 0
     assert lines["scaffold"].rounds == 2
     assert lines["scaffold"].bytes_up > lines["scaffold"].bytes_down / 2 > 0
     assert lines[MEAN].scores["accuracy"] <= lines[BEST].scores["accuracy"]
