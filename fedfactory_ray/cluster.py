@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Mapping, Sequence
@@ -131,6 +132,11 @@ def placement(config: Config, client: str) -> dict[str, Any]:
         if silo.name == client:
             return {"resources": silo.resources} | ({"label_selector": silo.labels} if silo.labels else {})
     return {}
+
+
+def place(config: Config, client: str) -> str:
+    """Name of where a client's actor may run: clients of the same place may use the same actor."""
+    return json.dumps(placement(config, client), sort_keys=True)
 
 
 def refuse_unknown_places(silos: Sequence[SiloConfig], nodes: list[dict[str, Any]] | None = None) -> None:

@@ -17,7 +17,7 @@ from fedfactory_ray.baselines.interface import Method
 from fedfactory_ray.baselines.learner import Judgement, held_back
 from fedfactory_ray.classification.card import verified_card
 from fedfactory_ray.classification.models import Task
-from fedfactory_ray.cluster import Worker, placement
+from fedfactory_ray.cluster import Worker, place, placement
 from fedfactory_ray.config import Config
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.errors import ConfigError, PartitionError
@@ -115,7 +115,7 @@ class Federation:
         if self.config.partition.silos:
             places: dict[str, list[str]] = {}
             for client in self.partition.clients:
-                places.setdefault(json.dumps(placement(self.config, client), sort_keys=True), []).append(client)
+                places.setdefault(place(self.config, client), []).append(client)
             return list(places.values())
         dealt: list[list[str]] = [[] for _ in range(min(slots, len(self.images)))]
         for client in sorted(self.images, key=lambda client: (-self.images[client], client)):

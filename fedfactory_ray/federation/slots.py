@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any, cast
 
 import ray
 from ray.exceptions import RayError
 
-from fedfactory_ray.cluster import Worker, placement
+from fedfactory_ray.cluster import Worker, place, placement
 from fedfactory_ray.config import Config
 from fedfactory_ray.federation.client import ClientActor
 from fedfactory_ray.storage import Storage
@@ -43,7 +42,7 @@ class Slots:
         running: dict[Any, tuple[str, Any]] = {}
         try:
             while waiting or running:
-                self._keep_places({self._place(client) for client in waiting})
+                self._keep_places({place(self.config, client) for client in waiting})
                 for client in list(waiting):
                     actor = self._take(client)
                     if actor is not None:
@@ -56,7 +55,7 @@ class Slots:
                     hear(client, ray.get(next(stream)), stream)
                 except StopIteration:
                     del running[stream]
-                    self.idle.setdefault(self._place(client), []).append(actor)
+                    self.idle.setdefault(place(self.config, client), []).append(actor)
                 except RayError as error:
                     del running[stream]
                     self._stop(actor)
@@ -67,13 +66,9 @@ class Slots:
                 ray.kill(actor)
             self._keep_places(set())
 
-    def _place(self, client: str) -> str:
-        """Clients of the same place may use the same actor."""
-        return json.dumps(placement(self.config, client), sort_keys=True)
-
     def _take(self, client: str) -> Any | None:
         """An actor for `client`, or None while all slots are taken."""
-        idle = self.idle.get(self._place(client))
+        idle = self.idle.get(place(self.config, client))
         if idle:
             return idle.pop()
         if self.count == self.limit:
@@ -90,6 +85,6 @@ class Slots:
 
     def _keep_places(self, places: set[str]) -> None:
         """End the idle actors of all other places."""
-        for place in set(self.idle) - places:
-            for actor in self.idle.pop(place):
+        for left in set(self.idle) - places:
+            for actor in self.idle.pop(left):
                 self._stop(actor)

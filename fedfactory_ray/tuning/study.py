@@ -106,9 +106,8 @@ def run_study(
         unit = "rounds" if method in METHODS else "epochs"
         with bars(console, f"tuning {method}", len(made), "trials") as shown:
             watch = Watch(session, unit, storages, records, shown)
-            run_trials(
-                session, watch, jobs, max(_steps(method, trial.config, session.partition) for trial in made), concurrent
-            )
+            steps = max(_steps(method, trial.config, session.partition) for trial in made)
+            run_trials(session, watch, jobs, steps, concurrent)
         lines = sorted((Line.of(record) for record in records), key=lambda line: line.rank)
         study = Study(session.name, session.storage.uri, method, unit, lines)
         best = configured(config, lines[0].settings).model_dump(mode="json", exclude={"name"})
