@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from io import BytesIO, StringIO
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,8 @@ from fedfactory_ray.session import Session, open_session
 from fedfactory_ray.tracking import ClientRun, Run
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from fedfactory_ray.baselines.rounds import Federated, Federation, Round
     from fedfactory_ray.federation.ensemble import Experts
     from fedfactory_ray.pipeline import Modules
@@ -29,6 +32,7 @@ if TYPE_CHECKING:
 CENTRALISED, LOCAL, FACTORY, FACTORY_II = "centralised", "local", METHOD, f"{METHOD}-ii"
 ENSEMBLE, MEAN, BEST = "local, ensemble", "local, mean", "local, best on test"
 LONE = f"{FACTORY_II}, lone experts, mean"
+TABLE, PLOT = "comparison.json", "comparison.png"
 COMPARED = ("accuracy", "balanced_accuracy", "auroc")
 
 
@@ -145,7 +149,10 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
         found = [replace(lines[name], scores=scores[name]) for name in order if name in lines]
         missing = tuple(experts.missing) if experts else ()
         comparison = Comparison(session.name, session.storage.uri, found, curves, missing, tuple(diverged))
-        session.storage.write_json("comparison.json", [vars(line) for line in found])
+        session.storage.write_json(TABLE, [vars(line) for line in found])
+        picture = BytesIO()
+        draw(comparison).savefig(picture, format="png")
+        session.storage.write(PLOT, picture.getvalue())
         log_comparison(session.run, {ENSEMBLE: runs[LOCAL], **runs} if LOCAL in runs else runs, comparison)
     return comparison
 
@@ -319,10 +326,13 @@ def comparison_table(comparison: Comparison) -> Table:
     return table
 
 
+def draw(comparison: Comparison) -> Figure:
+    """The plot: a bar a method, and the federated ones' validation accuracy by round."""
+    return plots.comparison_plot({line.method: line.scores for line in comparison.lines}, comparison.curves)
+
+
 def log_comparison(run: Run, runs: dict[str, Run], comparison: Comparison) -> None:
     """Log table and plot to `run`, and each method's line to its own run of `runs`, which end."""
-    from io import StringIO
-
     for line in comparison.lines:
         if line.method in runs:
             costs = {"rounds": line.rounds or 0, "bytes_up": line.bytes_up, "bytes_down": line.bytes_down}
@@ -332,8 +342,5 @@ def log_comparison(run: Run, runs: dict[str, Run], comparison: Comparison) -> No
     text = StringIO()
     Console(file=text, width=160).print(comparison_table(comparison))
     run.text(text.getvalue(), "comparison.txt")
-    run.json([vars(line) for line in comparison.lines], "comparison.json")
-    run.figure(
-        plots.comparison_plot({line.method: line.scores for line in comparison.lines}, comparison.curves),
-        "comparison.png",
-    )
+    run.json([vars(line) for line in comparison.lines], TABLE)
+    run.figure(draw(comparison), PLOT)

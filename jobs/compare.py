@@ -33,6 +33,7 @@ def main() -> None:
     if chosen.seeds > 1:
         console.print(comparison.comparison_table(found))
     console.print(f"run folder  {found.storage}", soft_wrap=True, highlight=False)
+    console.print(f"plot        {found.storage}/{comparison.PLOT}", soft_wrap=True, highlight=False)
     browse = f"browse      mlflow ui --backend-store-uri {tracking.tracking_uri(config)}"
     console.print(browse, soft_wrap=True, highlight=False)
 

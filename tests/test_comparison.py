@@ -10,6 +10,7 @@ import mlflow
 import pytest
 from rich.console import Console
 
+from fedfactory_ray.baselines.methods import METHODS
 from fedfactory_ray.command_line import make_config
 from fedfactory_ray.comparison import Comparison, Line, compare, comparison_table, method_names, over_seeds
 from fedfactory_ray.config import Config
@@ -76,8 +77,7 @@ def test_the_plot_has_a_bar_a_method_and_a_curve_a_federated_one() -> None:
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones() -> None:
-    federated = ["fedavg", "fedprox", "scaffold", "feddyn"]
-    assert method_names() == ["centralised", "local", *federated, "fedfactory", "fedfactory-ii"]
+    assert method_names() == ["centralised", "local", *METHODS, "fedfactory", "fedfactory-ii"]
     with pytest.raises(ConfigError, match=r"fedsgd unknown: choose of centralised, local, fedavg"):
         compare(make_config(), ["fedavg", "fedsgd"], 1, Console(file=io.StringIO()))
 

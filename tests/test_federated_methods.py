@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,9 @@ from torch import Tensor
 from fedfactory_ray.baselines.fedavg import FedAvg
 from fedfactory_ray.baselines.feddyn import FedDyn
 from fedfactory_ray.baselines.fedprox import FedProx
-from fedfactory_ray.baselines.interface import Method, Update, Vectors, train_locally, weighted_mean, weighted_sum
+from fedfactory_ray.baselines.interface import Method, Update, train_locally, weighted_mean, weighted_sum
 from fedfactory_ray.baselines.scaffold import Scaffold
+from fedfactory_ray.sections import FederatedConfig
 
 STEPS, RATE = 10, 0.05
 
@@ -220,11 +221,8 @@ def test_local_steps_leave_what_was_received_as_it_was() -> None:
 
 def test_the_readmes_method_is_gradient_descent_with_momentum() -> None:
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    (code,) = re.findall(r"```python\n(@dataclass.*?class FedAvgM.*?)```", readme, re.DOTALL)
-    names: dict[str, Any] = {
-        **{"dataclass": dataclass, "torch": torch, "Tensor": Tensor, "Sequence": Sequence, "METHODS": {}},
-        **{"Method": Method, "Update": Update, "Vectors": Vectors, "weighted_mean": weighted_mean},
-    }
+    (code,) = re.findall(r"```python\n((?:(?!```).)*class FedAvgM.*?)```", readme, re.DOTALL)
+    names: dict[str, Any] = {"METHODS": {}}
     exec(code, names)
     problem = quadratics()
     total = sum(client.images for client in problem.clients)
@@ -232,4 +230,4 @@ def test_the_readmes_method_is_gradient_descent_with_momentum() -> None:
     for _ in range(15):
         velocity = 0.9 * velocity + RATE * sum(c.gradient(weights) * (c.images / total) for c in problem.clients)
         weights = weights - velocity
-    torch.testing.assert_close(run(names["METHODS"]["fedavgm"](None), problem, 15, steps=1), weights)
+    torch.testing.assert_close(run(names["METHODS"]["fedavgm"](FederatedConfig()), problem, 15, steps=1), weights)

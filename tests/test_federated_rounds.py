@@ -18,7 +18,7 @@ from fedfactory_ray.baselines import rounds
 from fedfactory_ray.baselines.centralised import baseline_steps, for_steps, reference_config
 from fedfactory_ray.baselines.fedavg import FedAvg
 from fedfactory_ray.baselines.learner import Images, Learner, held_back, pack, unpack
-from fedfactory_ray.baselines.methods import METHODS
+from fedfactory_ray.baselines.methods import METHODS, SHARED
 from fedfactory_ray.baselines.rounds import Federation, Round
 from fedfactory_ray.classification.models import Task, make_classifier
 from fedfactory_ray.cluster import Worker
@@ -215,6 +215,12 @@ def test_another_setting_makes_a_method_run_again_and_another_methods_does_not(
         method = METHODS["fedavg"](settings.federated)
         federation_here(settings, data, tmp_path).run("fedavg", method, heard[label].append)
     assert [len(each) for each in heard.values()] == [1, 1, 0]
+
+
+def test_every_setting_belongs_to_all_methods_or_to_some(data: Path) -> None:
+    settings = config(data).federated
+    own = {"prox_mu", "feddyn_alpha", "server_lr", *(f"{name}_lr" for name in METHODS)}
+    assert set(type(settings).model_fields) == SHARED | own | {"checkpoint_every"}
 
 
 def test_every_method_has_a_learning_rate_of_its_own(data: Path) -> None:

@@ -330,6 +330,7 @@ def test_the_comparison_goes_on_from_the_runs_folder(finished: Finished, folder:
     assert children["fedfactory"].data.metrics["accuracy"] == lines["fedfactory"].scores["accuracy"]
     assert len(client.get_metric_history(children["scaffold"].info.run_id, "validation_accuracy")) == 2
     assert "comparison.png" in {a.path for a in client.list_artifacts(runs_parent(runs))}
+    assert (finished.folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
     after = {p: p.stat().st_mtime_ns for p in finished.folder.glob("classifier/**/*") if p.is_file()}
     assert compare(config, methods, 1, Console(file=out, width=160)).lines == found.lines

@@ -133,7 +133,22 @@ def test_methods_that_cannot_be_tuned_are_refused() -> None:
 
 
 def test_settings_that_mean_the_same_are_tried_once() -> None:
-    assert len(make_trials(make_config(), "fedavg", ["federated.fedprox_lr=0.1,0.10,1e-1,0.2"], None)) == 2
+    assert len(make_trials(make_config(), "fedavg", ["federated.fedavg_lr=0.1,0.10,1e-1,0.2"], None)) == 2
+
+
+@pytest.mark.parametrize(
+    ("method", "search"),
+    [
+        ("fedavg", "federated.feddyn_lr=0.01,0.1"),
+        ("fedprox", "federated.fedavg_lr=0.01..1"),
+        ("feddyn", "federated.server_lr=0.5"),
+        ("scaffold", "federated.checkpoint_every=1..5"),
+        ("scaffold", "classifier.learning_rate=0.001..0.1"),
+    ],
+)
+def test_a_search_over_what_the_method_does_not_use_is_refused(method: str, search: str) -> None:
+    with pytest.raises(ConfigError, match=f"nothing that {method} does depends on it"):
+        make_trials(make_config(), method, [search], None)
 
 
 # What a trial tells

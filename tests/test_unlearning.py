@@ -258,6 +258,7 @@ def test_the_order_of_requests_does_not_matter(
     theirs = ("classifier/local-client-000", "experts/client-000")
     for folder in ("classifier/fedfactory", "classifier/fedavg", "classifier/local-client-001", *theirs):
         new.write(f"{folder}/model.safetensors", b"")
+    new.write("comparison.png", b"")
     found = [f"{new.uri}/{folder}/model.safetensors" for folder in theirs]
     assert left_in_new(new, second.after, second.deleted) == found
 

@@ -15,6 +15,7 @@ import ray
 from fedfactory_ray.baselines.client import FederatedClient, Server, Sizes, Trained
 from fedfactory_ray.baselines.interface import Method
 from fedfactory_ray.baselines.learner import Judgement, held_back
+from fedfactory_ray.baselines.methods import determining
 from fedfactory_ray.classification.card import verified_card
 from fedfactory_ray.classification.models import Task
 from fedfactory_ray.cluster import Worker, place, placement
@@ -165,14 +166,8 @@ class Federation:
 
     def fingerprint(self, method: Method) -> str:
         """SHA-256 of all that determines the method's result."""
-        shared = {"rounds", "patience", "local_epochs", "client_fraction", "weight_decay", "grad_clip"}
-        content = [
-            [type(method).__name__, vars(method)],
-            self.config.federated.model_dump(mode="json", include=shared | {"validation_every"}),
-            self.config.classifier.model_dump(mode="json"),
-            [self.config.data.source, self.partition.sha256, asdict(self.task)],
-            [self.config.seed, self.config.resources.client.threads],
-        ]
+        data = [self.config.data.source, self.partition.sha256, asdict(self.task)]
+        content = [determining(self.config, method), data]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def participants(self, round_: int) -> list[str]:

@@ -42,6 +42,11 @@ class Dimension:
         """Whether the range is drawn from uniformly in the logarithm: where it spans a factor of 10 or more."""
         return self.low > 0 and self.high / self.low >= 10
 
+    @property
+    def ends(self) -> tuple[str, str]:
+        """The ends of the range, as one would type them."""
+        return f"{self.low:.15g}", f"{self.high:.15g}"
+
     def draw(self, state: np.random.RandomState) -> str:
         """A value, as one would type it: three significant digits, or a whole number."""
         if self.choices:

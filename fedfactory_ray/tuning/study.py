@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fedfactory_ray.baselines import rounds
 from fedfactory_ray.baselines.centralised import reference_config
-from fedfactory_ray.baselines.methods import METHODS
+from fedfactory_ray.baselines.methods import METHODS, determining
 from fedfactory_ray.cluster import Worker, make_plan
 from fedfactory_ray.comparison import CENTRALISED
 from fedfactory_ray.config import METHOD, Config
@@ -30,7 +30,15 @@ from fedfactory_ray.tracking import Run
 from fedfactory_ray.tuning.drawn import digest, make_drawn, settings_of_images
 from fedfactory_ray.tuning.record import FILE, Record, Report, read_record
 from fedfactory_ray.tuning.report import Line, Study, log_study
-from fedfactory_ray.tuning.search import Settings, configured, draw_settings, overrides, parse_search
+from fedfactory_ray.tuning.search import (
+    Dimension,
+    Settings,
+    configured,
+    draw_settings,
+    overrides,
+    parse_search,
+    value_of,
+)
 from fedfactory_ray.tuning.trial import Job, run_trial
 
 FIT = ("seed", "data", "partition", "classifier")
@@ -51,14 +59,17 @@ TUNE_FOLDER = "tune"
 class Trial:
     """A setting of the study, the configuration it makes, and the name of its folder."""
 
+    method: str
     settings: Settings
     config: Config
 
     @property
     def name(self) -> str:
         """Unique to all that determines the trial's result."""
-        everything = self.config.determining() | {"federated": self.config.federated.model_dump(mode="json")}
-        return f"trial-{digest(everything)}"
+        if self.method not in METHODS:
+            return f"trial-{digest(self.config.determining())}"
+        method = METHODS[self.method](self.config.federated)
+        return f"trial-{digest(settings_of_shares(self.config) | determining(self.config, method))}"
 
 
 def make_trials(config: Config, method: str, search: Sequence[str], trials: int | None) -> list[Trial]:
@@ -72,16 +83,28 @@ def make_trials(config: Config, method: str, search: Sequence[str], trials: int 
         raise ConfigError([f"--method {method} with {apart}: needed all training images where it runs"])
     dimensions = parse_search(search, config, SECTIONS[method])
     found: dict[str, Trial] = {}
-    problems: list[str] = []
+    problems = [
+        f"--search {dimension.field}: nothing that {method} does depends on it; needed a setting that it uses"
+        for dimension in dimensions
+        if not _matters(dimension, method, config)
+    ]
     for settings in draw_settings(dimensions, trials, config.seed):
         try:
-            trial = Trial(settings, configured(config, settings))
+            trial = Trial(method, settings, configured(config, settings))
             found.setdefault(trial.name, trial)
         except ConfigError as error:
             problems += [f"{overrides(settings)}: {problem}" for problem in error.problems]
     if problems:
         raise ConfigError(problems)
     return list(found.values())
+
+
+def _matters(dimension: Dimension, method: str, config: Config) -> bool:
+    """Whether a value of the dimension tells a trial of `method` from those with other values."""
+    field, found = dimension.field, [config]
+    found += [configured(config, {field: value}) for value in dimension.choices or dimension.ends]
+    values = {str(value_of(one, field)) for one in found}
+    return len(values) == 1 or len({Trial(method, {}, one).name for one in found}) > 1
 
 
 def run_study(

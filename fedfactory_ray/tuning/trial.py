@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -37,7 +37,7 @@ class Job:
     drawn: Drawn | None = None
 
 
-def run_trial(chosen: Mapping[str, int], jobs: Sequence[Job]) -> None:
+def run_trial(chosen: Mapping[str, int], jobs: Mapping[int, Job]) -> None:
     """Run the chosen job and report each of its steps to Ray Tune, or go on where an earlier start broke off.
 
     Reports of that start are told again, for the scheduler knows nothing of them.

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from fedfactory_ray import pipeline, tracking
 from fedfactory_ray.classification.card import WEIGHTS
+from fedfactory_ray.comparison import PLOT, TABLE
 from fedfactory_ray.config import METHOD, Config, merge
 from fedfactory_ray.errors import UnlearningError
 from fedfactory_ray.session import FORGETTING, SECONDS, SETTINGS, refuse_forgotten
@@ -29,7 +30,7 @@ from fedfactory_ray.unlearning.facts import AT_ONCE, Facts, differing_weights, r
 from fedfactory_ray.unlearning.request import Request
 
 KNOWN = {
-    *("config.json", "partition.json", "partition.parquet", "comparison.json"),
+    *("config.json", "partition.json", "partition.parquet", TABLE, PLOT),
     *(MANIFEST, SECONDS, SETTINGS, FORGETTING, PENDING, CERTIFICATE, AUDIT, pipeline.EVALUATION, pipeline.ENVIRONMENT),
 }
 """Files of a run beside weights, cards and units."""
