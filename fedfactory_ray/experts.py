@@ -10,20 +10,21 @@ from torch import Tensor, nn
 
 
 def product(logits: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Product of experts: log-probabilities (n, classes) of Π p_k(y|x)^w_k, normalised over the classes.
+    """Product of experts: log-probabilities, float64 (n, classes), of Π p_k(y|x)^w_k, normalised over the classes.
 
     `logits` (experts, n, classes), finite, are each expert's, up to a constant an image; `weights` (experts,) are 1 by
     default. Sums of log-softmax neither underflow nor overflow, however certain the experts are.
     """
-    certainty = logits.float().log_softmax(-1)
+    certainty = logits.double().log_softmax(-1)
     if weights is not None:
         certainty = certainty * weights.view(-1, 1, 1)
     return certainty.sum(0).log_softmax(-1)
 
 
 def mixture(logits: Tensor) -> Tensor:
-    """Arithmetic mixture of experts: log-probabilities (n, classes) of the mean of p_k(y|x); logits as in `product`."""
-    return logits.float().log_softmax(-1).logsumexp(0) - math.log(len(logits))
+    """Arithmetic mixture of experts: log-probabilities, float64 (n, classes), of the mean of p_k(y|x); logits as in
+    `product`."""
+    return logits.double().log_softmax(-1).logsumexp(0) - math.log(len(logits))
 
 
 class Ensemble(nn.Module):
@@ -37,4 +38,4 @@ class Ensemble(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """The package's one transform (`data.transforms.to_tensor`), every expert's network, product."""
         pixels = images.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
-        return product(torch.stack([network(pixels) for network in self.experts])).exp()
+        return product(torch.stack([network(pixels) for network in self.experts])).exp().float()

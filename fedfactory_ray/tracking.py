@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
@@ -85,21 +86,31 @@ class Run:
     def model(self, name: str, predictor: nn.Module, example: np.ndarray, made_of: Mapping[str, Any]) -> str:
         """Log a classifier with its signature, as an exported program (no pickle); returns its URI.
 
-        Load it with `mlflow.pyfunc.load_model(uri).predict(images)`: uint8 (n, H, W, C) in, (n, classes) out.
+        Load it with `mlflow.pyfunc.load_model(uri).predict(images)`: uint8 (n, H, W, C) in, (n, classes) out, on a CUDA
+        device where there is one, else, or with `model_config={"device": "cpu"}`, on the CPU.
         `made_of` is kept as the model's metadata.
         """
         import mlflow
         import torch
 
+        from fedfactory_ray import served_classifier
+
+        images = torch.from_numpy(example)
         with torch.inference_mode():
-            probabilities = predictor.eval()(torch.from_numpy(example)).numpy()
-        with mlflow.start_run(run_id=self.id):
-            info = mlflow.pytorch.log_model(
-                predictor,
+            probabilities = predictor.eval()(images).numpy()
+        traced = torch.cat([images, images])  # an export takes a batch of one for a constant
+        program = torch.export.export(predictor, (traced,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
+        with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=self.id):
+            file = Path(folder, "model.pt2")
+            torch.export.save(program, file)
+            info = mlflow.pyfunc.log_model(
                 name=name,
+                loader_module=Path(served_classifier.__file__).stem,
+                data_path=str(file),
+                code_paths=[served_classifier.__file__],
+                model_config={"device": None},
                 signature=mlflow.models.infer_signature(example, probabilities),
                 input_example=example,
-                serialization_format="pt2",
                 metadata=dict(made_of),
                 pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", "mlflow"],
             )

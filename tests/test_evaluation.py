@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
 
-from fedfactory_ray.classification.evaluation import Interval, calibration_error, evaluate
+from fedfactory_ray.classification.evaluation import Evaluation, Interval, calibration_error, evaluate
 
 # Six images of three classes: five right by their first choice but for images 2 and 5.
 PROBABILITIES = np.array(
@@ -24,8 +24,12 @@ def random_case(n: int, classes: int, seed: int, skill: float = 2.0) -> tuple[np
     return weights / weights.sum(1, keepdims=True), labels
 
 
+def judge(probabilities: np.ndarray, labels: np.ndarray, seed: int = 0) -> Evaluation:
+    return evaluate(np.log(probabilities), labels, seed)
+
+
 def test_metrics_computed_by_hand() -> None:
-    found = evaluate(PROBABILITIES, LABELS)
+    found = judge(PROBABILITIES, LABELS)
     assert found.accuracy.value == pytest.approx(4 / 6)
     assert found.recall == pytest.approx([2 / 3, 1.0, 1 / 2])
     assert found.balanced_accuracy.value == pytest.approx((2 / 3 + 1 + 1 / 2) / 3)
@@ -44,7 +48,7 @@ def test_metrics_computed_by_hand() -> None:
 @given(st.integers(20, 120), st.integers(2, 6), st.integers(0, 10_000))
 def test_metrics_equal_those_of_sklearn(n: int, classes: int, seed: int) -> None:
     probabilities, labels = random_case(n, classes, seed)
-    found, predicted = evaluate(probabilities, labels), probabilities.argmax(1)
+    found, predicted = judge(probabilities, labels), probabilities.argmax(1)
     assert found.accuracy.value == pytest.approx(metrics.accuracy_score(labels, predicted))
     assert found.balanced_accuracy.value == pytest.approx(metrics.balanced_accuracy_score(labels, predicted))
     assert found.macro_f1 == pytest.approx(metrics.f1_score(labels, predicted, average="macro", zero_division=0))
@@ -56,16 +60,29 @@ def test_metrics_equal_those_of_sklearn(n: int, classes: int, seed: int) -> None
     assert found.majority == pytest.approx(np.bincount(labels).max() / n)
 
 
+def test_nothing_saturates_however_certain_the_classifier_is() -> None:
+    logits, labels = np.random.RandomState(0).randn(200, 3), np.arange(200) % 3
+    found, surer = (evaluate(scale * logits, labels) for scale in (1.0, 1000.0))
+    # Probabilities round to 0 and 1 there. In the limit the likelihood is that of the lead over the true class, and
+    # images are ordered by a class's lead over the best other one.
+    top = np.sort(logits, axis=1)
+    assert surer.nll == pytest.approx(1000 * (top[:, 2] - logits[np.arange(200), labels]).mean(), rel=1e-2)
+    best_other = [np.delete(logits, y, axis=1).max(1) for y in range(3)]
+    aurocs = [metrics.roc_auc_score(labels == y, logits[:, y] - best_other[y]) for y in range(3)]
+    assert surer.auroc == pytest.approx(np.mean(aurocs), abs=1e-3)
+    assert surer.accuracy == found.accuracy
+
+
 def test_float16_and_float32_probabilities_are_welcome() -> None:
     probabilities, labels = random_case(200, 4, 0)
-    full = evaluate(probabilities, labels)
+    full = judge(probabilities, labels)
     for dtype, tolerance in ((np.float32, 1e-5), (np.float16, 5e-3)):
-        found = evaluate(probabilities.astype(dtype), labels)
+        found = judge(probabilities.astype(dtype), labels)
         assert found.nll == pytest.approx(full.nll, abs=tolerance)
         assert found.accuracy.value == pytest.approx(full.accuracy.value, abs=0.01)
 
 
-def test_probabilities_are_left_as_they_were() -> None:
+def test_logits_are_left_as_they_were() -> None:
     probabilities, labels = random_case(50, 3, 0)
     probabilities *= 2
     before = probabilities.copy()
@@ -75,10 +92,10 @@ def test_probabilities_are_left_as_they_were() -> None:
 
 def test_a_perfect_and_a_constant_classifier() -> None:
     labels = np.arange(100) % 4
-    perfect = evaluate(np.eye(4)[labels], labels)
+    perfect = evaluate(100 * np.eye(4)[labels], labels)
     assert (perfect.accuracy, perfect.balanced_accuracy) == (Interval(1.0, 1.0, 1.0), Interval(1.0, 1.0, 1.0))
     assert (perfect.auroc, perfect.macro_f1, perfect.ece) == (1.0, 1.0, 0.0)
-    constant = evaluate(np.tile([0.4, 0.2, 0.2, 0.2], (100, 1)), labels)
+    constant = judge(np.tile([0.4, 0.2, 0.2, 0.2], (100, 1)), labels)
     assert constant.accuracy.value == constant.majority == 0.25
     assert constant.auroc == 0.5
     assert constant.recall == [1.0, 0.0, 0.0, 0.0]
@@ -92,14 +109,14 @@ def test_a_calibrated_predictor_has_no_calibration_error() -> None:
     probabilities = np.tile([0.8, 0.2], (100, 1))
     labels = np.array([0] * 80 + [1] * 20)
     assert calibration_error(probabilities, labels) == pytest.approx(0)
-    assert evaluate(probabilities, labels).ece == pytest.approx(0)
+    assert judge(probabilities, labels).ece == pytest.approx(0)
 
 
 def test_overconfidence_is_the_gap_between_confidence_and_accuracy() -> None:
     probabilities = np.tile([0.95, 0.05], (100, 1))
     labels = np.array([0] * 60 + [1] * 40)
     assert calibration_error(probabilities, labels) == pytest.approx(0.35)
-    assert evaluate(probabilities, labels).ece == pytest.approx(0.35)
+    assert judge(probabilities, labels).ece == pytest.approx(0.35)
 
 
 def test_over_and_underconfidence_in_different_bins_do_not_cancel() -> None:
@@ -138,7 +155,7 @@ def test_calibration_error_equals_its_definition(n: int, classes: int, seed: int
 @settings(max_examples=10, deadline=None)
 @given(st.integers(30, 300), st.integers(2, 5), st.integers(0, 1000))
 def test_intervals_hold_their_value_and_stay_within_zero_and_one(n: int, classes: int, seed: int) -> None:
-    found = evaluate(*random_case(n, classes, seed), seed)
+    found = judge(*random_case(n, classes, seed), seed)
     for interval in (found.accuracy, found.balanced_accuracy):
         assert 0 <= interval.low <= interval.value <= interval.high <= 1
 
@@ -147,7 +164,7 @@ def test_intervals_narrow_as_images_grow() -> None:
     widths = []
     for copies in (1, 4, 16):
         probabilities, labels = random_case(100, 3, 0, 1.0)
-        found = evaluate(np.tile(probabilities, (copies, 1)), np.tile(labels, copies))
+        found = judge(np.tile(probabilities, (copies, 1)), np.tile(labels, copies))
         widths.append(found.accuracy.high - found.accuracy.low)
     assert widths[0] / widths[1] == pytest.approx(2, rel=0.2)
     assert widths[1] / widths[2] == pytest.approx(2, rel=0.2)
@@ -156,7 +173,7 @@ def test_intervals_narrow_as_images_grow() -> None:
 def test_the_accuracys_interval_is_about_the_binomial_one() -> None:
     n, right = 400, 300
     probabilities = np.where(np.arange(n)[:, None] < right, [0.9, 0.1], [0.1, 0.9])
-    found = evaluate(probabilities, np.zeros(n, int)).accuracy
+    found = judge(probabilities, np.zeros(n, int)).accuracy
     half = 1.96 * math.sqrt(0.75 * 0.25 / n)
     assert found.low == pytest.approx(0.75 - half, abs=0.006)
     assert found.high == pytest.approx(0.75 + half, abs=0.006)
@@ -168,7 +185,7 @@ def test_intervals_are_those_of_resampling_images() -> None:
     samples = draw.randint(0, 150, (2000, 150))
     balanced = [metrics.balanced_accuracy_score(labels[s], predicted[s]) for s in samples[:500]]
     accuracy = (predicted == labels)[samples].mean(1)
-    found = evaluate(probabilities, labels)
+    found = judge(probabilities, labels)
     for interval, resampled in ((found.accuracy, accuracy), (found.balanced_accuracy, balanced)):
         low, high = np.quantile(resampled, [0.025, 0.975])
         assert interval.low == pytest.approx(low, abs=0.02)
@@ -177,9 +194,9 @@ def test_intervals_are_those_of_resampling_images() -> None:
 
 def test_intervals_are_a_function_of_the_seed() -> None:
     case = random_case(97, 3, 0, 1.0)
-    assert evaluate(*case, 3) == evaluate(*case, 3)
-    assert evaluate(*case, 3).balanced_accuracy != evaluate(*case, 4).balanced_accuracy
-    assert evaluate(*case, 2**62).accuracy.value == evaluate(*case).accuracy.value
+    assert judge(*case, 3) == judge(*case, 3)
+    assert judge(*case, 3).balanced_accuracy != judge(*case, 4).balanced_accuracy
+    assert judge(*case, 2**62).accuracy.value == judge(*case).accuracy.value
 
 
 def test_an_interval_reads_well() -> None:
@@ -192,7 +209,7 @@ def test_an_interval_reads_well() -> None:
 def test_a_class_without_test_images_is_left_out() -> None:
     probabilities, labels = random_case(90, 3, 0)
     labels[labels == 1] = 2
-    found = evaluate(probabilities, labels)
+    found = judge(probabilities, labels)
     assert found.recall[1] is None
     assert "recall_class_1" not in found.scalars()
     assert found.confusion[1] == [0, 0, 0]
@@ -204,21 +221,21 @@ def test_a_class_without_test_images_is_left_out() -> None:
 
 
 def test_a_single_class_in_the_test_split_has_no_auroc() -> None:
-    found = evaluate(random_case(20, 3, 0)[0], np.zeros(20, int))
+    found = judge(random_case(20, 3, 0)[0], np.zeros(20, int))
     assert math.isnan(found.auroc)
     assert found.majority == 1.0
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_probabilities_that_are_not_finite_are_refused(value: float) -> None:
-    probabilities, labels = random_case(20, 3, 0)
-    probabilities[7, 1] = value
+def test_logits_that_are_not_finite_are_refused(value: float) -> None:
+    logits, labels = random_case(20, 3, 0)
+    logits[7, 1] = value
     with pytest.raises(ValueError, match="not finite"):
-        evaluate(probabilities, labels)
+        evaluate(logits, labels)
 
 
 def test_scalars_are_flat_and_complete() -> None:
-    found = evaluate(PROBABILITIES, LABELS)
+    found = judge(PROBABILITIES, LABELS)
     scalars = found.scalars()
     assert all(isinstance(value, float) for value in scalars.values())
     assert scalars["accuracy_low"] == found.accuracy.low

@@ -180,6 +180,7 @@ def test_a_fit_that_broke_off_goes_on_to_the_same_bytes(source: Source, pool: tu
     marks = [name for name in storage.names("experts") if name.endswith("fit.json")]
     assert [Path(mark).parent.name for mark in marks] == ["00002"]
     storage.write(marks[0].replace("00002/fit.json", "00003/model.safetensors"), b"torn: its mark is not there")
+    storage.write("experts/a/checkpoints/0123456789abcdef/00004/fit.json", b"of a fit with other settings")
 
     *epochs, resumed = fit_expert(settings, assignment, source, storage, CPU)
     assert [epoch.epoch for epoch in epochs if isinstance(epoch, Epoch)] == [3, 4]

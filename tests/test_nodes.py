@@ -21,8 +21,8 @@ from conftest import write_npz
 from ray.cluster_utils import Cluster
 from small_runs import ROOT, finish, start, wait_for
 
-SPREAD: dict[str, Any] = {"classifier": {"threads": 1}}
-"""As many actors as fit."""
+SPREAD: dict[str, Any] = {"classifier": {"threads": 1}, "max_actors": 3}
+"""An actor a client, on nodes of their own."""
 
 
 @contextmanager
@@ -38,6 +38,15 @@ def nodes(monkeypatch: pytest.MonkeyPatch, *each: dict[str, Any]) -> Iterator[Cl
         yield cluster
     finally:
         cluster.shutdown()
+
+
+def node_of(cluster: Cluster, title: str) -> Any:
+    """A node, not the head, on which such a worker runs; None where there is none."""
+    raylets = {worker.ppid() for worker in workers(title)}
+    for node in cluster.worker_nodes:
+        if node.all_processes["raylet"][0].process.pid in raylets:
+            return node
+    return None
 
 
 def workers(title: str) -> list[psutil.Process]:
@@ -70,7 +79,7 @@ def test_logical_gpus_on_two_nodes_are_pinned_shared_and_queued_for(
     monkeypatch.setenv(
         "RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {"worker_process_setup_hook": "hooks.watch"}})
     )
-    resources = SPREAD | {
+    resources = {
         "client": {"num_gpus": 1},
         "synthesis": {"num_gpus": 0.5},
         "classifier": {"num_gpus": 0, "threads": 1},
@@ -116,7 +125,7 @@ def test_four_nodes_share_the_work_and_whatever_dies_costs_no_row(
         out, _ = job.communicate(timeout=60)
         assert job.returncode == status, out
 
-    with nodes(monkeypatch, {"num_cpus": 2}, *[{"num_cpus": 1}] * 3) as cluster:
+    with nodes(monkeypatch, *[{"num_cpus": 1}] * 4) as cluster:
         # The driver, in the middle of a module.
         job = start(tmp_path, stripes, resources=SPREAD)
         wait_for(lambda: list(run.glob("modules/*/*/checkpoint.safetensors")), job)
@@ -126,7 +135,7 @@ def test_four_nodes_share_the_work_and_whatever_dies_costs_no_row(
         wait_for(lambda: on_several_nodes("ClientActor"), job)
         wait_for(lambda: workers("ClientActor.train"), job)[0].kill()
         wait_for(lambda: list(run.glob("modules/*/*/card.json")), job)
-        cluster.remove_node(next(iter(cluster.worker_nodes)), allow_graceful=False)
+        cluster.remove_node(wait_for(lambda: node_of(cluster, "ClientActor"), job), allow_graceful=False)
         wait_for(lambda: drawn() > 2, job)
         end(job, signal.SIGINT, 130)
         # A synthesis actor; then the driver between two checkpoints of the fit.

@@ -5,8 +5,9 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.generation.card import ModuleCard
-from fedfactory_ray.synthesis.plan import Unit, make_units, quotas
+from fedfactory_ray.synthesis.plan import Unit, check_validation, make_units, quotas
 
 holdings = st.dictionaries(
     st.sampled_from([f"client-{k:03d}" for k in range(12)]), st.integers(1, 500), min_size=1, max_size=8
@@ -171,3 +172,15 @@ def test_seeds_are_the_same_on_every_machine() -> None:
 def test_a_units_file_names_class_client_and_index(label: int, index: int) -> None:
     unit = Unit("client-003", label, index, 10, 1, "f00d")
     assert unit.file == f"synthetic/class-{label:03d}/client-003-{index:05d}.parquet"
+
+
+def test_a_plan_of_which_a_class_has_no_validating_image_is_refused() -> None:
+    many = [(f"client-{i:03d}", y, 7) for i in range(100) for y in (0, 1)]
+    with pytest.raises(ConfigError, match=r"at most 5 images of class 0 (.|\n)*class 1 (.|\n)*about 1000 images"):
+        check_validation(many, 500, 0.1)
+    check_validation(many, 1000, 0.1)
+    check_validation(many, 500, 0.2)
+    # One client that draws enough is enough; a class that nobody holds asks for nothing.
+    check_validation([("a", 0, 90), *(("b", y, 1) for y in (0, 2))], 10, 0.1)
+    with pytest.raises(ConfigError, match="at most 9 images"):
+        check_validation([("a", 0, 50)], 9, 0.1)

@@ -20,7 +20,7 @@ from fedfactory_ray.unlearning.facts import read_facts
 DIGITS: dict[str, Any] = SMALL | {
     "name": "digits",
     "architecture": "both",
-    "resources": {"classifier": {"threads": 1}},
+    "resources": {"classifier": {"threads": 1}, "max_actors": 3},
     "data": {"source": "digits"},
     # Several classes each: nobody else holds them.
     "partition": {
@@ -58,7 +58,7 @@ def test_four_nodes_forget_what_two_never_knew(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "digits.yaml").write_text(yaml.safe_dump(DIGITS))
     asked = ("--run", "digits", "--client", "client-001")
     new = tmp_path / "runs" / NEW
-    with nodes(monkeypatch, {"num_cpus": 2}, *[{"num_cpus": 1}] * 3):
+    with nodes(monkeypatch, *[{"num_cpus": 1}] * 4):
         output(start(tmp_path, "run.py", "--config", "digits.yaml"))
         before = {path: path.read_bytes() for path in (tmp_path / "runs").rglob("*") if path.is_file()}
         # Killed before the classifier is fitted again: the old run is whole.

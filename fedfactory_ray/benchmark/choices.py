@@ -14,20 +14,18 @@ import numpy as np
 from rich.table import Table
 
 from fedfactory_ray.benchmark.cost import changed
-from fedfactory_ray.config import Config
+from fedfactory_ray.config import SETTINGS, Config
 
-SETTINGS = [("dpmpp", 6), ("dpmpp", 10), ("dpmpp", 20), ("heun", 11), ("heun", 19), ("heun", 35)]
+SOLVERS = [("dpmpp", 6), ("dpmpp", 10), ("dpmpp", 20), ("heun", 11), ("heun", 19), ("heun", 35)]
 SHARES = (1.0, 0.25, 0.0)
 
 
 def stored_run(options: argparse.Namespace) -> tuple[Any, Config]:
-    """The storage of the run in --run, and its configuration, as far as it determines results."""
+    """The storage of the run in --run, and the configuration of its last start."""
     from fedfactory_ray.storage import Storage
 
     storage = Storage(options.run)
-    tree = storage.read_json("config.json")
-    resources = {name: {"threads": threads} for name, threads in tree["resources"]["threads"].items()}
-    return storage, Config.model_validate(tree | {"resources": resources})
+    return storage, Config.model_validate(storage.read_json(SETTINGS))
 
 
 def expert_logits(config: Config, uri: str, client: str) -> Any:
@@ -81,9 +79,7 @@ def experts(config: Config, options: argparse.Namespace) -> Table:
             fitted = [pool.submit(expert_logits, chosen, storage.uri, client) for client in clients]
             logits = torch.stack([each.result() for each in fitted])
         lone = np.mean([(each.argmax(1).numpy() == labels).mean() for each in logits])
-        together = [
-            evaluate(combine(logits).exp().numpy(), labels, stored.seed).accuracy for combine in (mixture, product)
-        ]
+        together = [evaluate(combine(logits).numpy(), labels, stored.seed).accuracy for combine in (mixture, product)]
         table.add_row(f"{share:g}", f"{lone:.4f}", f"{together[0].value:.4f}", str(together[1]))
         print(f"real_share {share:g}: {lone:.4f} {together[0]} {together[1]}", flush=True)
     return table
@@ -97,7 +93,7 @@ def samplers(config: Config, options: argparse.Namespace) -> Table:
 
     from fedfactory_ray.classification.evaluation import evaluate
     from fedfactory_ray.classification.models import Task
-    from fedfactory_ray.classification.prediction import load_network, predict
+    from fedfactory_ray.classification.prediction import load_network, predict_logits
     from fedfactory_ray.classification.rows import Rows
     from fedfactory_ray.classification.training import fit
     from fedfactory_ray.cluster import connect, make_plan
@@ -121,7 +117,7 @@ def samplers(config: Config, options: argparse.Namespace) -> Table:
     real, labels = source.images("val"), source.labels("val")
     task = Task(len(source.class_names), real.shape[3], real.shape[1])
     table = Table("solver", "evaluations", "seconds to draw", "accuracy, real validation split [95 %]")
-    for solver, evaluations in SETTINGS:
+    for solver, evaluations in SOLVERS:
         sampler = config.sampler.model_copy(update={"solver": solver, "evaluations": evaluations})
         began, tables = time.monotonic(), []
         for card in cards:
@@ -138,7 +134,7 @@ def samplers(config: Config, options: argparse.Namespace) -> Table:
             rows = Rows(lambda: drawn, lambda: ray.data.from_arrow(drawn), name, len(drawn), unit_size)  # noqa: B023
             classifier = fit(config, rows, task, worker, Storage(scratch), "benchmark", lambda epoch: None)
             network = load_network(config, task, Storage(scratch), classifier.folder)
-        result = evaluate(predict(network, real, torch.device("cpu")), labels, config.seed)
+        result = evaluate(predict_logits(network, real, torch.device("cpu")).numpy(), labels, config.seed)
         table.add_row(solver, str(evaluations), f"{seconds:.1f}", str(result.accuracy))
         print(f"{solver} {evaluations}: {result.accuracy} ({seconds:.1f} s)", flush=True)
     return table

@@ -77,7 +77,8 @@ class BalancedBatches:
     def __init__(self, groups: Sequence[Group], batch_size: int, seed: int) -> None:
         self.images = torch.from_numpy(np.concatenate([group.images for group in groups]))
         self.labels = torch.from_numpy(np.repeat([group.label for group in groups], [len(g.images) for g in groups]))
-        self.groups, self.batch_size, self.seed = groups, batch_size, seed
+        self.sizes = [(len(group.images), group.shown) for group in groups]
+        self.batch_size, self.seed = batch_size, seed
         self.shown = sum(group.shown for group in groups)
 
     @property
@@ -89,10 +90,9 @@ class BalancedBatches:
         """See Batches; None shows the same images each time, as many of each group as a training epoch would."""
         draw = torch.Generator().manual_seed(self.seed + (epoch or 0))
         start, chosen = 0, []
-        for group in self.groups:
-            n = len(group.images)
-            rounds = [start + torch.randperm(n, generator=draw) for _ in range(-(-group.shown // n))]
-            chosen.append(torch.cat(rounds)[: group.shown])
+        for n, shown in self.sizes:
+            rounds = [start + torch.randperm(n, generator=draw) for _ in range(-(-shown // n))]
+            chosen.append(torch.cat(rounds)[:shown])
             start += n
         order, size = torch.cat(chosen), self.batch_size
         if epoch is not None:

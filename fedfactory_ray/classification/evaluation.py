@@ -1,10 +1,11 @@
-"""Evaluation: metrics of predicted probabilities, with bootstrap intervals, beside the majority-class rate."""
+"""Evaluation: metrics of predicted log-probabilities, with bootstrap intervals, beside the majority-class rate."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import log_softmax, logsumexp
 from sklearn import metrics
 
 BOOTSTRAP_SAMPLES = 1000
@@ -54,37 +55,40 @@ class Evaluation:
         } | {f"recall_class_{y}": r for y, r in enumerate(self.recall) if r is not None}
 
 
-def evaluate(probabilities: np.ndarray, labels: np.ndarray, seed: int = 0) -> Evaluation:
-    """Evaluate probabilities, float (n, classes), rows summing to 1, against labels, int (n,).
+def evaluate(logits: np.ndarray, labels: np.ndarray, seed: int = 0) -> Evaluation:
+    """Evaluate log-probabilities up to a constant an image, float (n, classes), against labels, int (n,).
 
     AUROC is macro one-vs-rest; ECE has 15 equal bins (Guo et al. 2017); intervals come from resampling test images
-    BOOTSTRAP_SAMPLES times (percentile bootstrap). Raises ValueError for probabilities that are not finite.
+    BOOTSTRAP_SAMPLES times (percentile bootstrap). Nothing saturates, however certain the classifier is: the likelihood
+    and AUROC's order are taken from logarithms. Raises ValueError for logits that are not finite.
     """
-    if not np.isfinite(probabilities).all():
-        raise ValueError(
-            "probabilities hold values that are not finite; the fit diverged: lower classifier.learning_rate"
-        )
-    classes = probabilities.shape[1]
-    probabilities = probabilities.astype(np.float64)
-    probabilities /= probabilities.sum(1, keepdims=True)
-    predicted = probabilities.argmax(1)
+    if not np.isfinite(logits).all():
+        raise ValueError("logits hold values that are not finite; the fit diverged: lower classifier.learning_rate")
+    logs = log_softmax(logits.astype(np.float64), axis=1)
+    classes = logs.shape[1]
+    predicted = logs.argmax(1)
     confusion = metrics.confusion_matrix(labels, predicted, labels=range(classes))
     present = np.flatnonzero(confusion.sum(1))
     recall = [float(confusion[y, y] / confusion[y].sum()) if y in present else None for y in range(classes)]
-    aurocs = [metrics.roc_auc_score(labels == y, probabilities[:, y]) for y in present if len(present) > 1]
+    aurocs = [metrics.roc_auc_score(labels == y, log_odds(logs, int(y))) for y in present if len(present) > 1]
     accuracy, balanced = _bootstrap(confusion, seed)
     return Evaluation(
         accuracy=accuracy,
         balanced_accuracy=balanced,
         auroc=float(np.mean(aurocs)) if aurocs else float("nan"),
         macro_f1=float(metrics.f1_score(labels, predicted, average="macro", labels=present, zero_division=0)),
-        nll=float(metrics.log_loss(labels, probabilities, labels=range(classes))),
-        ece=calibration_error(probabilities, labels),
+        nll=float(-logs[np.arange(len(labels)), labels].mean()),
+        ece=calibration_error(np.exp(logs), labels),
         recall=recall,
         confusion=confusion.tolist(),
         majority=float(confusion.sum(1).max() / confusion.sum()),
         images=len(labels),
     )
+
+
+def log_odds(logs: np.ndarray, label: int) -> np.ndarray:
+    """log p / (1 - p) of a class, from log-probabilities (n, classes): orders images as p does, where p rounds to 1."""
+    return np.asarray(logs[:, label] - logsumexp(np.delete(logs, label, axis=1), axis=1))
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
@@ -114,7 +118,7 @@ def _bootstrap(confusion: np.ndarray, seed: int) -> tuple[Interval, Interval]:
 
 
 def accuracy_difference(first: np.ndarray, second: np.ndarray, labels: np.ndarray, seed: int = 0) -> Interval:
-    """Accuracy of `first` less that of `second`, probabilities of the same images, with its paired bootstrap interval.
+    """Accuracy of `first` less that of `second`, logits of the same images, with its paired bootstrap interval.
 
     Both are resampled together, so what the two get right alike cancels; an interval without 0 is more than noise.
     """

@@ -9,6 +9,7 @@ import numpy as np
 import ray
 import safetensors.torch
 import torch
+from scipy.special import softmax
 
 from fedfactory_ray.classification.evaluation import Evaluation, Interval, accuracy_difference, evaluate
 from fedfactory_ray.classification.models import Task, make_classifier
@@ -52,11 +53,6 @@ def predict_logits(network: torch.nn.Module, images: np.ndarray, device: torch.d
     return torch.cat([network(to_tensor(batch, device)).float().cpu() for batch in batches])
 
 
-def predict(network: torch.nn.Module, images: np.ndarray, device: torch.device) -> np.ndarray:
-    """Probabilities float32 (n, classes) of uint8 images (n, H, W, C)."""
-    return predict_logits(network, images, device).softmax(1).numpy()
-
-
 @ray.remote(max_retries=2)
 def evaluate_on_test(
     config: Config,
@@ -97,24 +93,26 @@ def compare(
     examples: dict[int, np.ndarray],
 ) -> TestResult:
     """Evaluate the logits (n, classes) of classifiers and, alone and combined, of experts against labels (n,)."""
-    found = {name: logits.softmax(1).numpy() for name, logits in classifiers.items()}
-    found |= {name: np.mean([found[member] for member in members], axis=0) for name, members in ensembles.items()}
+    found = {name: logits.numpy() for name, logits in classifiers.items()}
+    for name, members in ensembles.items():
+        found[name] = mixture(torch.stack([classifiers[member] for member in members])).numpy()
     differences = {}
     if experts:
         logits = torch.stack([*experts.values()])
-        combined = {PRODUCT: product(logits).exp().numpy(), MIXTURE: mixture(logits).exp().numpy()}
+        combined = {PRODUCT: product(logits).numpy(), MIXTURE: mixture(logits).numpy()}
         differences = {
-            name: accuracy_difference(combined[PRODUCT], probabilities, labels, seed)
-            for name, probabilities in found.items()
+            name: accuracy_difference(combined[PRODUCT], other, labels, seed) for name, other in found.items()
         }
         found |= combined
     return TestResult(
-        {name: evaluate(probabilities, labels, seed) for name, probabilities in found.items()},
-        {client: evaluate(logits.softmax(1).numpy(), labels, seed) for client, logits in experts.items()},
+        {name: evaluate(each, labels, seed) for name, each in found.items()},
+        {client: evaluate(logits.numpy(), labels, seed) for client, logits in experts.items()},
         differences,
-        {
-            name: hashlib.sha256(np.ascontiguousarray(each, np.float32).tobytes()).hexdigest()
-            for name, each in found.items()
-        },
+        {name: digest(each) for name, each in found.items()},
         examples,
     )
+
+
+def digest(logits: np.ndarray) -> str:
+    """SHA-256 of the probabilities, float32 (n, classes), of log-probabilities up to a constant an image."""
+    return hashlib.sha256(softmax(logits.astype(np.float64), axis=1).astype("<f4").tobytes()).hexdigest()

@@ -203,15 +203,18 @@ def stored_expert(config: Config, assignment: Assignment, storage: Storage) -> E
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Checkpoints of one fit in storage, a folder for each epoch; the newest whole one counts."""
+    """Checkpoints of one fit in storage, a folder for each epoch; the newest whole one counts. `every` holds those of
+    other settings too."""
 
     storage: Storage
+    every: str
     folder: str
 
     @classmethod
     def of(cls, storage: Storage, folder: str, fingerprint: str) -> Checkpoints:
         """Those of the expert in `folder` that `fingerprint` determines."""
-        return cls(storage, f"{folder}/checkpoints-{fingerprint[:16]}")
+        every = f"{folder}/checkpoints"
+        return cls(storage, every, f"{every}/{fingerprint[:16]}")
 
     def save(self, fit: Fit) -> None:
         """Keep the fit's state, and no older one."""
@@ -233,8 +236,8 @@ class Checkpoints:
                 fit.load(local)
 
     def delete(self) -> None:
-        """Delete them all."""
-        self.storage.delete_folder(self.folder)
+        """Delete them all, and those of fits with other settings that were not finished."""
+        self.storage.delete_folder(self.every)
 
     def _whole(self) -> list[str]:
         """Folders of whole checkpoints, the oldest first."""

@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.seeds import derive_seed
 
@@ -42,6 +43,27 @@ def quotas(counts: dict[str, int], total: int) -> dict[str, int]:
         shares[client] += 1
         heapq.heapreplace(queue, (-counts[client] / (2 * shares[client] + 1), client))
     return shares
+
+
+def check_validation(held: Iterable[tuple[str, int, int]], images_per_class: int, fraction: float) -> None:
+    """Refuse a plan in which no image of a class would validate: every (1 / `fraction`)-th of a client's own does.
+
+    `held` tells the images that each (client, class) holds. Raises ConfigError.
+    """
+    period, problems, by_label = round(1 / fraction), [], dict[int, dict[str, int]]()
+    for client, label, n in held:
+        by_label.setdefault(label, {})[client] = n
+    for label, counts in sorted(by_label.items()):
+        most = max(quotas(counts, images_per_class).values())
+        if most < period:
+            needed = -(-period * sum(counts.values()) // max(counts.values()))
+            problems.append(
+                f"synthesis.images_per_class={images_per_class}: found at most {most} images of class {label} drawn "
+                f"from one client, of which none validates; needed {period}: about {needed} images a class, or a "
+                "larger classifier.validation_fraction"
+            )
+    if problems:
+        raise ConfigError(problems)
 
 
 def make_units(cards: Iterable[ModuleCard], images_per_class: int, unit_size: int, seed: int) -> list[Unit]:

@@ -1,0 +1,68 @@
+"""The logged classifier as MLflow's users load it, from a real store."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fedfactory_ray.classification.models import Task, make_classifier
+from fedfactory_ray.command_line import make_config
+from fedfactory_ray.experts import Ensemble
+from fedfactory_ray.served_classifier import BATCH_SIZE, _load_pyfunc
+from fedfactory_ray.tracking import start_run
+
+TASK = Task(3, 1, 8)
+
+
+@pytest.fixture(scope="module")
+def ensemble() -> nn.Module:
+    return Ensemble([make_classifier("cnn", TASK).eval() for _ in range(2)]).eval()
+
+
+@pytest.fixture(scope="module")
+def uri(ensemble: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("served")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # where artifacts go
+        run = start_run(make_config(overrides=["--tracking.uri", f"sqlite:///{folder}/mlflow.db"]), "served", "here")
+        found = run.model("ensemble", ensemble, draw_images(1), {"experts": 2})
+        run.end()
+    return found
+
+
+def draw_images(n: int) -> np.ndarray:
+    return np.random.RandomState(n).randint(0, 256, (n, 8, 8, 1)).astype(np.uint8)
+
+
+@pytest.mark.parametrize("n", [1, 2 * BATCH_SIZE + 3])
+def test_any_number_of_images_is_classified_as_by_the_network(ensemble: nn.Module, uri: str, n: int) -> None:
+    images = draw_images(n)
+    found = mlflow.pyfunc.load_model(uri).predict(images)
+    with torch.inference_mode():
+        expected = ensemble(torch.from_numpy(images)).numpy()
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+def test_weights_and_computation_move_to_the_asked_device(uri: str) -> None:
+    """`meta` stands for a GPU here: a program of which a part stayed on the CPU could not run on it."""
+    program = f"{mlflow.artifacts.download_artifacts(uri)}/data/model.pt2"
+    model = _load_pyfunc(program, {"device": "meta"})
+    assert model.classify(torch.from_numpy(draw_images(5)).to("meta")).device.type == "meta"
+    with pytest.raises(NotImplementedError, match="meta tensor"):  # so the device is heard through MLflow too
+        mlflow.pyfunc.load_model(uri, model_config={"device": "meta"}).predict(draw_images(5))
+
+
+def test_the_model_brings_its_loader_and_needs_no_package_of_ours(uri: str) -> None:
+    folder = Path(mlflow.artifacts.download_artifacts(uri))
+    assert [file.name for file in (folder / "code").iterdir() if file.suffix == ".py"] == ["served_classifier.py"]
+    assert "fedfactory" not in (folder / "requirements.txt").read_text()
+    assert "fedfactory_ray" not in (folder / "code" / "served_classifier.py").read_text()
+    mlflow.pyfunc.load_model(uri)
+    assert Path(sys.modules["served_classifier"].__file__ or "").name == "served_classifier.py"
