@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from io import BytesIO, StringIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fedfactory_ray.baselines.rounds import Federated, Federation, Round
+    from fedfactory_ray.classification.evaluation import Difference
     from fedfactory_ray.federation.ensemble import Experts
     from fedfactory_ray.pipeline import Modules
     from fedfactory_ray.synthesis.synthesize import Shard
@@ -54,7 +55,8 @@ class Line:
 @dataclass(frozen=True)
 class Comparison:
     """What a comparison on one seed, or over several, tells; `curves` are validation accuracies by round. Architecture
-    II's line is without the experts of the clients `missing`; methods that `diverged` at once are untrained."""
+    II's line is without the experts of the clients `missing`; methods that `diverged` at once are untrained; on one
+    seed `difference` is what Architecture II gains on I, where both were compared."""
 
     name: str
     storage: str
@@ -62,6 +64,18 @@ class Comparison:
     curves: dict[str, list[float]]
     missing: tuple[str, ...] = ()
     diverged: tuple[str, ...] = ()
+    difference: Difference | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """For storage and MLflow; all but the curves."""
+        gain = self.difference.scalars() if self.difference else None
+        lines = [vars(line) for line in self.lines]
+        return {
+            "lines": lines,
+            "missing": self.missing,
+            "diverged": self.diverged,
+            f"{FACTORY_II} less {FACTORY}": gain,
+        }
 
 
 def method_names() -> list[str]:
@@ -137,7 +151,7 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
                 curves[method] = [r.validation_accuracy for r in done.history]
                 diverged += [] if done.chosen else [method]
             ending.close()  # its actors make room for the test
-        scores = evaluate(session, folders, alone, experts)
+        scores, difference = evaluate(session, folders, alone, experts)
         seconds = session.longest
         if LOCAL in methods:
             sent = sum(session.storage.size(f"{folders[name]}/model.safetensors") for name in alone)
@@ -148,8 +162,8 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
         order = [CENTRALISED, MEAN, BEST, ENSEMBLE, *federated, FACTORY, LONE, FACTORY_II]
         found = [replace(lines[name], scores=scores[name]) for name in order if name in lines]
         missing = tuple(experts.missing) if experts else ()
-        comparison = Comparison(session.name, session.storage.uri, found, curves, missing, tuple(diverged))
-        session.storage.write_json(TABLE, [vars(line) for line in found])
+        comparison = Comparison(session.name, session.storage.uri, found, curves, missing, tuple(diverged), difference)
+        session.storage.write_json(TABLE, comparison.to_json())
         picture = BytesIO()
         draw(comparison).savefig(picture, format="png")
         session.storage.write(PLOT, picture.getvalue())
@@ -177,7 +191,7 @@ def run_factory(session: Session, modules: Modules, manifest: list[Shard]) -> tu
 def run_experts(session: Session, modules: Modules, manifest: list[Shard]) -> tuple[Line, Experts]:
     """FederatedFactory's Architecture II: up go modules and experts, down the other clients' modules."""
     experts = pipeline.fit_experts(session, modules, manifest, pipeline.make_task(session))
-    weights = sum(session.storage.size(f"{folder}/model.safetensors") for folder in experts.folders.values())
+    weights = pipeline.expert_bytes(session, experts)
     seconds = sum(session.longest[phase] for phase in ("modules", "synthesis", "experts"))
     return Line(FACTORY_II, {}, 1, pipeline.uploaded_bytes(modules) + weights, experts.downlink_bytes, seconds), experts
 
@@ -237,8 +251,8 @@ def federated_line(method: str, history: Sequence[Round]) -> Line:
 
 def evaluate(
     session: Session, folders: dict[str, str], alone: list[str], experts: Experts | None
-) -> dict[str, dict[str, float]]:
-    """Scores by line of the table; the test split is read here, once."""
+) -> tuple[dict[str, dict[str, float]], Difference | None]:
+    """Scores by line of the table, and what Architecture II gains on I; the test split is read here, once."""
     from fedfactory_ray.classification.prediction import TestResult, evaluate_on_test
 
     worker = session.plan.classifier
@@ -263,7 +277,7 @@ def evaluate(
     if experts:
         scores[FACTORY_II] = scores[PRODUCT]
         scores[LONE] = mean([evaluation.scalars() for evaluation in result.experts.values()])
-    return scores
+    return scores, result.differences.get(FACTORY)
 
 
 def mean(scores: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -322,6 +336,10 @@ def comparison_table(comparison: Comparison) -> Table:
         notes.append(f"{FACTORY_II} is without the experts of {', '.join(comparison.missing)}")
     if comparison.diverged:
         notes.append(f"diverged at once, shown untrained: {', '.join(comparison.diverged)}")
+    if comparison.difference:
+        gain = comparison.difference
+        notes.append(f"{FACTORY_II} less {FACTORY}, paired: accuracy {gain.accuracy.signed}")
+        notes.append(f"balanced accuracy {gain.balanced_accuracy.signed}")
     table.caption = "\n".join(notes) or None
     return table
 
@@ -342,5 +360,5 @@ def log_comparison(run: Run, runs: dict[str, Run], comparison: Comparison) -> No
     text = StringIO()
     Console(file=text, width=160).print(comparison_table(comparison))
     run.text(text.getvalue(), "comparison.txt")
-    run.json([vars(line) for line in comparison.lines], TABLE)
+    run.json(comparison.to_json(), TABLE)
     run.figure(draw(comparison), PLOT)

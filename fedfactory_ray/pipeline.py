@@ -73,6 +73,7 @@ def run_phases(session: Session) -> Report:
         modules=len(modules),
         uploaded_bytes=uploaded_bytes(modules),
         downlink_bytes=experts.downlink_bytes if experts else 0,
+        expert_bytes=expert_bytes(session, experts) if experts else 0,
         synthetic_images=sum(shard.n for shard in manifest),
         seconds=session.seconds,
         main=config.main_method,
@@ -86,6 +87,11 @@ def run_phases(session: Session) -> Report:
 def uploaded_bytes(modules: Modules) -> int:
     """Bytes of all uploads: weights and cards."""
     return sum(handle.card.upload_bytes for handle in modules.values())
+
+
+def expert_bytes(session: Session, experts: Experts) -> int:
+    """Bytes of the fitted experts' weights, which the product needs in one place."""
+    return sum(session.storage.size(f"{folder}/model.safetensors") for folder in experts.folders.values())
 
 
 def make_task(session: Session) -> Task:
@@ -256,7 +262,7 @@ def evaluate(
     if experts:
         figures["experts"] = {client: e.scalars() for client, e in tested.experts.items()}
         figures["missing_experts"] = experts.missing
-        figures["product_less"] = {m: vars(difference) for m, difference in tested.differences.items()}
+        figures["product_less"] = {m: difference.scalars() for m, difference in tested.differences.items()}
     figures["predictions_sha256"] = tested.digests
     known = session.storage.read_json(ENVIRONMENT) if session.storage.exists(ENVIRONMENT) else []
     session.storage.write_json(ENVIRONMENT, known + [tested.environment] * (tested.environment not in known))
@@ -292,8 +298,10 @@ def log_results(
         run.json([vars(card) for card in cards], "modules.json")
         models = log_models(session, task, classifiers, experts, np.concatenate(list(result.examples.values())))
         run.metrics(result.evaluations[session.config.main_method].scalars())
-        downlink = experts.downlink_bytes if experts else 0
-        run.metrics({"uploaded_bytes": uploaded_bytes(modules), "downlink_bytes": downlink})
+        run.metrics({"uploaded_bytes": uploaded_bytes(modules)})
+        if experts:
+            moved = {"downlink_bytes": experts.downlink_bytes, "expert_bytes": expert_bytes(session, experts)}
+            run.metrics(moved)
         run.metrics({"synthetic_images": images, "modules": len(modules)})
     run.metrics({f"seconds/{k}".replace("(", "").replace(")", ""): v for k, v in session.seconds.items()})
     return models
@@ -313,7 +321,7 @@ def log_evaluation(session: Session, result: TestResult) -> None:
         lone = [evaluation.accuracy.value for evaluation in result.experts.values()]
         evaluation_run.metrics({"experts": len(lone), "expert_mean/accuracy": float(np.mean(lone))})
     for method, difference in result.differences.items():
-        evaluation_run.metrics({f"product_less_{method}/{k}": v for k, v in vars(difference).items()})
+        evaluation_run.metrics({f"product_less_{method}/{k}": v for k, v in difference.scalars().items()})
     evaluation_run.end()
 
 

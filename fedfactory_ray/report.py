@@ -12,7 +12,7 @@ from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import DataInfo
 
 if TYPE_CHECKING:
-    from fedfactory_ray.classification.evaluation import Evaluation, Interval
+    from fedfactory_ray.classification.evaluation import Difference, Evaluation
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,13 @@ class Report:
     modules: int
     uploaded_bytes: int
     downlink_bytes: int
+    expert_bytes: int
     synthetic_images: int
     seconds: dict[str, float]
     main: str
     evaluations: dict[str, Evaluation]
     experts: dict[str, Evaluation]
-    differences: dict[str, Interval]
+    differences: dict[str, Difference]
     missing: dict[str, str]
 
 
@@ -63,8 +64,8 @@ def report_table(report: Report) -> Table:
         mean = sum(lone) / len(lone)
         table.add_row("  mean of lone experts", f"{mean:.4f} (from {min(lone):.4f} to {max(lone):.4f})")
     for method, difference in report.differences.items():
-        figures = f"{difference.value:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
-        table.add_row(f"  {PRODUCT} less {method}", figures)
+        table.add_row(f"  {PRODUCT} less {method}", difference.accuracy.signed)
+        table.add_row("    balanced accuracy", difference.balanced_accuracy.signed)
     main = report.evaluations[report.main]
     table.add_row(f"balanced accuracy, {report.main}", str(main.balanced_accuracy))
     table.add_row(f"AUROC · macro F1, {report.main}", f"{main.auroc:.4f} · {main.macro_f1:.4f}")
@@ -74,6 +75,7 @@ def report_table(report: Report) -> Table:
     table.add_row("modules uploaded, once", f"{report.modules} ({report.uploaded_bytes / 1e6:.2f} MB)")
     if report.experts:
         table.add_row("modules of others, downlinks", f"{report.downlink_bytes / 1e6:.2f} MB")
+        table.add_row("experts uploaded", f"{len(report.experts)} ({report.expert_bytes / 1e6:.2f} MB)")
     table.add_row("synthetic images", str(report.synthetic_images), end_section=True)
     for phase, seconds in report.seconds.items():
         table.add_row(f"seconds, {phase}", f"{seconds:.1f}")

@@ -78,7 +78,7 @@ def test_a_run_of_one_architecture_goes_on_with_both_and_makes_nothing_again(bot
     before, after = both.centralised.report, both.finished.report
     assert after.name == before.name
     assert after.evaluations["fedfactory"] == before.evaluations["fedfactory"]
-    assert (before.experts, before.differences, before.downlink_bytes) == ({}, {}, 0)
+    assert (before.experts, before.differences, before.downlink_bytes, before.expert_bytes) == ({}, {}, 0, 0)
 
 
 def test_experts_alone_and_together_are_evaluated_beside_the_classifier(both: Both) -> None:
@@ -90,7 +90,7 @@ def test_experts_alone_and_together_are_evaluated_beside_the_classifier(both: Bo
     assert report.evaluations["product"].images == 60
     assert report.evaluations["product"].accuracy.value > 0.6
     gain = report.evaluations["product"].accuracy.value - report.evaluations["fedfactory"].accuracy.value
-    assert report.differences["fedfactory"].value == pytest.approx(gain)
+    assert report.differences["fedfactory"].accuracy.value == pytest.approx(gain)
     stored = Storage(str(both.finished.folder)).read_json("evaluation.json")
     assert stored["product"]["accuracy"] == report.evaluations["product"].accuracy.value
     assert stored["experts"]["client-001"]["accuracy"] == report.experts["client-001"].accuracy.value

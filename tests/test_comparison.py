@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from fedfactory_ray.baselines.methods import METHODS
+from fedfactory_ray.classification.evaluation import Difference, Interval
 from fedfactory_ray.command_line import make_config
 from fedfactory_ray.comparison import Comparison, Line, compare, comparison_table, method_names, over_seeds
 from fedfactory_ray.config import Config
@@ -58,6 +60,16 @@ def test_what_is_missing_or_diverged_stands_below_the_table() -> None:
     assert "diverged at once, shown untrained: fedavg" in printed(broken)
     assert "fedavg (digits)" in printed(over_seeds([broken, comparison(0.3, 10)]))
     assert "diverged" not in printed(comparison(0.2, 10))
+
+
+def test_what_architecture_two_gains_stands_below_the_table_and_in_the_file() -> None:
+    gain = Difference(Interval(0.01, -0.02, 0.03), Interval(-0.01, -0.04, 0.02))
+    found = replace(comparison(0.2, 10), difference=gain, missing=("client-003",))
+    assert "fedfactory-ii less fedfactory, paired: accuracy +0.0100 [-0.0200, +0.0300]" in printed(found)
+    stored = json.loads(json.dumps(found.to_json()))
+    assert stored["missing"] == ["client-003"]
+    assert stored["fedfactory-ii less fedfactory"]["balanced_accuracy_low"] == -0.04
+    assert stored["lines"][1]["method"] == "fedavg"
 
 
 def test_a_narrow_screen_shows_every_figure_whole() -> None:

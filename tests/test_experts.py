@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from fedfactory_ray.classification.evaluation import accuracy_difference
+from fedfactory_ray.classification.evaluation import Interval, paired_difference
 from fedfactory_ray.classification.models import Predictor, Task, make_classifier
 from fedfactory_ray.classification.prediction import compare
 from fedfactory_ray.experts import Ensemble, mixture, product
@@ -105,7 +105,7 @@ def test_the_ensemble_is_the_product_of_its_predictors() -> None:
 # Paired comparison
 
 
-def as_probabilities(predicted: np.ndarray) -> np.ndarray:
+def as_logits(predicted: np.ndarray) -> np.ndarray:
     return np.eye(3)[predicted]
 
 
@@ -114,12 +114,12 @@ def test_what_two_classifiers_get_right_alike_does_not_widen_the_interval() -> N
     first, second = labels.copy(), labels.copy()
     first[:100] = second[:100] = 1  # both wrong
     second[100:120] = 1
-    found = accuracy_difference(as_probabilities(first), as_probabilities(second), labels)
+    found = paired_difference(as_logits(first), as_logits(second), labels).accuracy
     assert found.value == pytest.approx(0.05)
     # A binomial with share 0.05 of 400; unpaired, the interval would be about ±0.06 and hold 0.
     half = 1.96 * np.sqrt(0.05 * 0.95 / 400)
     assert (found.low, found.high) == (pytest.approx(0.05 - half, abs=0.005), pytest.approx(0.05 + half, abs=0.005))
-    turned = accuracy_difference(as_probabilities(second), as_probabilities(first), labels)
+    turned = paired_difference(as_logits(second), as_logits(first), labels).accuracy
     assert turned.value == -found.value
 
 
@@ -129,17 +129,23 @@ def test_a_difference_is_that_of_resampling_images() -> None:
     first, second = (np.where(draw.rand(200) < skill, labels, draw.randint(0, 3, 200)) for skill in (0.7, 0.5))
     samples = draw.randint(0, 200, (4000, 200))
     gains = (first == labels).astype(float) - (second == labels)
-    low, high = np.quantile(gains[samples].mean(1), [0.025, 0.975])
-    found = accuracy_difference(as_probabilities(first), as_probabilities(second), labels, 5)
-    assert found.value == pytest.approx(gains.mean())
-    assert (found.low, found.high) == (pytest.approx(low, abs=0.015), pytest.approx(high, abs=0.015))
-    assert found == accuracy_difference(as_probabilities(first), as_probabilities(second), labels, 5)
+    by_class = [[gains[s][labels[s] == y].mean() for y in range(3)] for s in samples]
+    found = paired_difference(as_logits(first), as_logits(second), labels, 5)
+    recalls = [gains[labels == y].mean() for y in range(3)]
+    for interval, value, resampled in (
+        (found.accuracy, gains.mean(), gains[samples].mean(1)),
+        (found.balanced_accuracy, np.mean(recalls), np.mean(by_class, axis=1)),
+    ):
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        assert interval.value == pytest.approx(value)
+        assert (interval.low, interval.high) == (pytest.approx(low, abs=0.015), pytest.approx(high, abs=0.015))
+    assert found == paired_difference(as_logits(first), as_logits(second), labels, 5)
 
 
 def test_a_classifier_does_not_differ_from_itself() -> None:
-    probabilities = as_probabilities(np.arange(30) % 3)
-    found = accuracy_difference(probabilities, probabilities, np.zeros(30, int))
-    assert (found.value, found.low, found.high) == (0, 0, 0)
+    logits = as_logits(np.arange(30) % 3)
+    found = paired_difference(logits, logits, np.zeros(30, int))
+    assert found.accuracy == found.balanced_accuracy == Interval(0, 0, 0)  # though two classes have no image
 
 
 # All that is read off the test split
@@ -164,8 +170,8 @@ def test_classifiers_and_experts_are_compared_on_the_same_images() -> None:
     assert found.evaluations["product"].accuracy.value == pytest.approx(accuracy)
     assert accuracy > max(lone)
     gain = accuracy - float((classifier.argmax(1).numpy() == labels).mean())
-    assert found.differences["fedfactory"].value == pytest.approx(gain)
-    assert found.differences["fedfactory"].low > 0
+    assert found.differences["fedfactory"].accuracy.value == pytest.approx(gain)
+    assert found.differences["fedfactory"].accuracy.low > 0
 
 
 def test_without_experts_nothing_is_combined() -> None:

@@ -201,7 +201,7 @@ def test_natural_silos_are_read_on_their_own_nodes_alone(tmp_path: Path, monkeyp
             check=False,
         )
         assert compared.returncode == 0, compared.stdout + compared.stderr
-        lines = json.loads((tmp_path / "runs" / "small" / "comparison.json").read_text())
+        lines = json.loads((tmp_path / "runs" / "small" / "comparison.json").read_text())["lines"]
         assert [line["method"] for line in lines][2:] == ["local, ensemble", "fedavg"]
     notes = [json.loads(line) for line in (tmp_path / "hooks.jsonl").read_text().splitlines()]
     assert len({entry["pid"] for entry in notes if entry.get("opened") == str(files["north"])}) >= 2  # both jobs

@@ -22,6 +22,11 @@ class Interval:
     def __str__(self) -> str:
         return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
 
+    @property
+    def signed(self) -> str:
+        """As text, for a difference."""
+        return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -117,15 +122,38 @@ def _bootstrap(confusion: np.ndarray, seed: int) -> tuple[Interval, Interval]:
     return accuracy, balanced
 
 
-def accuracy_difference(first: np.ndarray, second: np.ndarray, labels: np.ndarray, seed: int = 0) -> Interval:
-    """Accuracy of `first` less that of `second`, logits of the same images, with its paired bootstrap interval.
+@dataclass(frozen=True)
+class Difference:
+    """What one classifier gains on another, on the same images."""
+
+    accuracy: Interval
+    balanced_accuracy: Interval
+
+    def scalars(self) -> dict[str, float]:
+        """Flat figures, for tracking and tables."""
+        return {
+            f"{name}{ending}": value
+            for name, interval in vars(self).items()
+            for ending, value in zip(("", "_low", "_high"), vars(interval).values(), strict=True)
+        }
+
+
+def paired_difference(first: np.ndarray, second: np.ndarray, labels: np.ndarray, seed: int = 0) -> Difference:
+    """Accuracies of `first` less those of `second`, logits of the same images (n, classes), with paired bootstrap
+    intervals.
 
     Both are resampled together, so what the two get right alike cancels; an interval without 0 is more than noise.
     """
     gained = (first.argmax(1) == labels).astype(int) - (second.argmax(1) == labels)
-    n = len(labels)
-    counts = np.bincount(gained + 1, minlength=3)
+    counts = np.zeros((first.shape[1], 3), int)  # by class: lost, alike, won
+    np.add.at(counts, (labels, gained + 1), 1)
+
+    def figures(tables: np.ndarray) -> np.ndarray:
+        net, truth = tables[..., 2] - tables[..., 0], tables.sum(-1)
+        by_class = np.divide(net, truth, out=np.full(truth.shape, np.nan), where=truth > 0)
+        return np.stack([net.sum(-1) / truth.sum(-1), np.nanmean(by_class, -1)])
+
     draw = np.random.RandomState(seed % 2**32)
-    lost, _, won = draw.multinomial(n, counts / n, size=BOOTSTRAP_SAMPLES).T
-    low, high = np.quantile((won - lost) / n, [0.025, 0.975])
-    return Interval(float(gained.mean()), float(low), float(high))
+    resampled = draw.multinomial(len(labels), (counts / len(labels)).ravel(), size=BOOTSTRAP_SAMPLES)
+    low, high = np.quantile(figures(resampled.reshape(-1, *counts.shape)), [0.025, 0.975], axis=1)
+    return Difference(*(Interval(*map(float, triple)) for triple in zip(figures(counts), low, high, strict=True)))

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from scipy.special import softmax
 
-from fedfactory_ray.classification.evaluation import Evaluation, Interval, accuracy_difference, evaluate
+from fedfactory_ray.classification.evaluation import Difference, Evaluation, evaluate, paired_difference
 from fedfactory_ray.classification.models import Task, make_classifier
 from fedfactory_ray.config import MIXTURE, PRODUCT, Config
 from fedfactory_ray.data.sources import open_source
@@ -26,13 +26,13 @@ BATCH_SIZE = 500
 
 @dataclass(frozen=True)
 class TestResult:
-    """Evaluations by classifier and of each lone expert by client, accuracy of the product less that of each
-    classifier, SHA-256 of all predicted probabilities (float32) by evaluation, for pictures a few test images by class,
-    uint8 (n, H, W, C), and what the predictions were computed with."""
+    """Evaluations by classifier and of each lone expert by client, what the product gains on each classifier, SHA-256 of
+    all predicted probabilities (float32) by evaluation, for pictures a few test images by class, uint8 (n, H, W, C),
+    and what the predictions were computed with."""
 
     evaluations: dict[str, Evaluation]
     experts: dict[str, Evaluation]
-    differences: dict[str, Interval]
+    differences: dict[str, Difference]
     digests: dict[str, str]
     examples: dict[int, np.ndarray]
     environment: dict[str, str] = field(default_factory=dict)
@@ -100,9 +100,7 @@ def compare(
     if experts:
         logits = torch.stack([*experts.values()])
         combined = {PRODUCT: product(logits).numpy(), MIXTURE: mixture(logits).numpy()}
-        differences = {
-            name: accuracy_difference(combined[PRODUCT], other, labels, seed) for name, other in found.items()
-        }
+        differences = {name: paired_difference(combined[PRODUCT], other, labels, seed) for name, other in found.items()}
         found |= combined
     return TestResult(
         {name: evaluate(each, labels, seed) for name, each in found.items()},
