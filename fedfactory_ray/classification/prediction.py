@@ -26,8 +26,8 @@ BATCH_SIZE = 500
 
 @dataclass(frozen=True)
 class TestResult:
-    """Evaluations by classifier and of each lone expert by client, what the product gains on each classifier, SHA-256 of
-    all predicted probabilities (float32) by evaluation, for pictures a few test images by class, uint8 (n, H, W, C),
+    """Evaluations by classifier and of each lone expert by client, what the product gains on each classifier, SHA-256
+    of all predicted probabilities (float32) by evaluation, for pictures a few test images by class, uint8 (n, H, W, C),
     and what the predictions were computed with."""
 
     evaluations: dict[str, Evaluation]

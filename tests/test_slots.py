@@ -1,0 +1,53 @@
+"""Slots: who is served, and who is given up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from ray.exceptions import ActorUnschedulableError, RayError
+
+from fedfactory_ray.cluster import Worker
+from fedfactory_ray.config import Config
+from fedfactory_ray.errors import ResourcesError
+from fedfactory_ray.federation import slots
+from fedfactory_ray.federation.ensemble import reason
+from fedfactory_ray.session import find_refusal
+from fedfactory_ray.storage import Storage
+
+
+def test_a_silo_whose_nodes_stay_away_is_given_up_and_the_others_are_served(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Talker:
+        def __init__(self, *_: Any) -> None:
+            pass
+
+        def talk(self, client: str) -> Iterator[str]:
+            yield f"{client} speaks"
+
+    silos = [{"name": "gone", "source": "a.npz", "labels": {"site": "moon"}}, {"name": "here", "source": "b.npz"}]
+    config = Config.model_validate({"partition": {"scheme": "natural", "silos": silos}})
+    monkeypatch.setattr(slots, "ClientActor", ray.remote(Talker))
+    monkeypatch.setattr(slots, "AWAY_SECONDS", 1.0)
+    heard: list[str] = []
+    failed: list[tuple[str, RayError, int]] = []
+
+    def begin(actor: Any, client: str) -> Any:
+        return actor.talk.options(num_returns="streaming").remote(client)
+
+    def fail(client: str, error: RayError, attempts: int) -> bool:
+        failed.append((client, error, attempts))
+        return False
+
+    actors = slots.Slots(config, Worker(1.0, 0.0, 1, 2), Storage(str(tmp_path)))
+    actors.serve(["gone", "here"], begin, lambda client, event, stream: heard.append(event), fail)
+    assert heard == ["here speaks"]
+    ((client, error, attempts),) = failed
+    assert (client, attempts) == ("gone", slots.ATTEMPTS)
+    assert isinstance(error, ActorUnschedulableError)
+    assert "for 1 s no node may read the silo of gone" in reason(error)
+    assert isinstance(find_refusal(error), ResourcesError)  # what a run that cannot do without it says
