@@ -226,7 +226,7 @@ def run_federated(session: Session, federation: Federation, method: str, run: Ru
 
     def log(done: Round) -> None:
         logged.add(done.round)
-        run.metrics({k: v for k, v in vars(done).items() if k != "round"}, step=done.round)
+        run.grow((name, done.round, value) for name, value in vars(done).items() if name != "round")
 
     with session.phase(method), bars(session.console, method, config.rounds, "rounds") as shown:
 

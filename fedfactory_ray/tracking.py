@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 SQLITE = "sqlite:///"
 BATCH = 900  # MLflow takes 1000 metrics a call
+FLUSH_SECONDS = 5.0
+"""Curves that grow are sent no more often: with many clients the driver would do little else."""
 
 
 def tracking_uri(config: Config) -> str:
@@ -36,6 +38,8 @@ class Run:
         self.client, self.experiment_id, self.id = client, experiment_id, run_id
         self.parent: Run | None = None
         self.running_children: dict[str, Run] = {}
+        self.waiting: list[tuple[str, int, float]] = []
+        self.flushed = time.monotonic()
 
     def child(self, name: str) -> Run:
         """Start a run nested below this one."""
@@ -66,6 +70,18 @@ class Run:
         entities = [Metric(name, float(value), now, step) for name, step, value in points]
         for start in range(0, len(entities), BATCH):
             self.client.log_batch(self.id, metrics=entities[start : start + BATCH])
+
+    def grow(self, points: Iterable[tuple[str, int, float]]) -> None:
+        """Log points of curves that grow: every FLUSH_SECONDS, and when the run ends."""
+        self.waiting += points
+        if time.monotonic() - self.flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Send the points that wait."""
+        waiting, self.waiting = self.waiting, []
+        self.curves(waiting)
+        self.flushed = time.monotonic()
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag."""
@@ -118,6 +134,7 @@ class Run:
 
     def end(self, status: str = "FINISHED") -> None:
         """End the run and the children that still run: FINISHED, FAILED or KILLED."""
+        self.flush()
         for child in list(self.running_children.values()):
             child.end(status)
         self.client.set_terminated(self.id, status)
@@ -127,8 +144,6 @@ class Run:
 
 class ClientRun:
     """The MLflow run of one client: loss curves while it trains, its modules and its picture at the end."""
-
-    FLUSH_SECONDS = 5.0
 
     def __init__(self, parent: Future[Run], client: str) -> None:
         self.parent, self.client = parent, client
@@ -140,7 +155,7 @@ class ClientRun:
     def progress(self, event: Any) -> None:
         """Take a point of a loss curve (a client's `Progress`)."""
         self.points.append((f"loss_class_{event.label}", event.step, event.loss))
-        if self.parent.done() and time.monotonic() - self.flushed > self.FLUSH_SECONDS:
+        if self.parent.done() and time.monotonic() - self.flushed > FLUSH_SECONDS:
             self.flush()
 
     def upload(self, event: Any) -> None:
@@ -186,7 +201,7 @@ class Curves:
         if epoch.epoch not in self.logged:
             self.logged.add(epoch.epoch)
             figures = {k: v for k, v in vars(epoch).items() if k not in ("epoch", "epochs") and v is not None}
-            self.run.metrics(figures, step=epoch.epoch)
+            self.run.grow((name, epoch.epoch, value) for name, value in figures.items())
 
     def rest(self, history: Iterable[Epoch]) -> None:
         """Log the epochs of a fit's history that are not logged yet."""
