@@ -152,7 +152,7 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
                 diverged += [] if done.chosen else [method]
             ending.close()  # its actors make room for the test
         scores, difference = evaluate(session, folders, alone, experts)
-        seconds = session.longest
+        seconds = session.worked
         if LOCAL in methods:
             sent = sum(session.storage.size(f"{folders[name]}/model.safetensors") for name in alone)
             moved = {MEAN: 0, BEST: 0, ENSEMBLE: sent}
@@ -184,7 +184,7 @@ def run_factory(session: Session, modules: Modules, manifest: list[Shard]) -> tu
     """FederatedFactory's Architecture I, as `jobs/run.py` runs it."""
     rows = pipeline.synthetic_rows(session, manifest)
     classifier = pipeline.fit_classifier(session, FACTORY, rows, pipeline.make_task(session))
-    seconds = sum(session.longest[phase] for phase in ("modules", "synthesis", f"classifier ({FACTORY})"))
+    seconds = sum(session.worked[phase] for phase in ("modules", "synthesis", f"classifier ({FACTORY})"))
     return Line(FACTORY, {}, 1, pipeline.uploaded_bytes(modules), 0, seconds), classifier.folder
 
 
@@ -192,7 +192,7 @@ def run_experts(session: Session, modules: Modules, manifest: list[Shard]) -> tu
     """FederatedFactory's Architecture II: up go modules and experts, down the other clients' modules."""
     experts = pipeline.fit_experts(session, modules, manifest, pipeline.make_task(session))
     weights = pipeline.expert_bytes(session, experts)
-    seconds = sum(session.longest[phase] for phase in ("modules", "synthesis", "experts"))
+    seconds = sum(session.worked[phase] for phase in ("modules", "synthesis", "experts"))
     return Line(FACTORY_II, {}, 1, pipeline.uploaded_bytes(modules) + weights, experts.downlink_bytes, seconds), experts
 
 
@@ -201,7 +201,7 @@ def run_centralised(session: Session) -> tuple[Line, str]:
     task = pipeline.make_task(session)
     classifier = pipeline.fit_centralised(session, task)
     image_bytes = sum(len(share) for _, _, share in session.partition) * int(np.prod(task.image_shape))
-    seconds = session.longest[f"classifier ({CENTRALISED})"]
+    seconds = session.worked[f"classifier ({CENTRALISED})"]
     return Line(CENTRALISED, {}, None, image_bytes, 0, seconds), classifier.folder
 
 

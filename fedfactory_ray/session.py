@@ -51,15 +51,22 @@ class Session:
 
     @contextmanager
     def phase(self, title: str) -> Iterator[None]:
-        """Take the block's time as the seconds of `title`; storage keeps the longest that any start took."""
-        began = time.monotonic()
-        yield
-        self.seconds[title] = time.monotonic() - began
-        self.storage.write_json(SECONDS, self.longest | {title: max(self.seconds[title], self.longest.get(title, 0))})
+        """Take the block's time as the seconds of `title`; storage keeps what the start that finished it took and, of
+        those before, what broke off; later starts find it done."""
+        began, broken = time.monotonic(), f"{title}, broken off"
+        finished = False
+        try:
+            yield
+            finished = True
+        finally:
+            self.seconds[title], kept = time.monotonic() - began, self.worked
+            spent = self.seconds[title] + kept.pop(broken, 0)
+            kept |= {title: max(spent, kept.get(title, 0))} if finished else {broken: spent}
+            self.storage.write_json(SECONDS, kept)
 
     @property
-    def longest(self) -> dict[str, float]:
-        """Seconds of each phase in the start that did its work, not in those that found it done."""
+    def worked(self) -> dict[str, float]:
+        """Seconds that each phase took until it was done, not those of starts that found it done."""
         found: dict[str, float] = self.storage.read_json(SECONDS) if self.storage.exists(SECONDS) else {}
         return found
 

@@ -201,7 +201,7 @@ def _finish(config: Config, old: Storage, new: Storage, allow_inexact: bool, con
             },
             before=before,
             after=after,
-            cost=cost(session.config, reuse, before, after, session.longest, started["original"]),
+            cost=cost(session.config, reuse, before, after, session.worked, started["original"]),
             environment=new.read_json(pipeline.ENVIRONMENT),
             mlflow=traces,
         )
