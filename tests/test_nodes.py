@@ -188,7 +188,8 @@ def test_natural_silos_are_read_on_their_own_nodes_alone(tmp_path: Path, monkeyp
     ]
     with nodes(monkeypatch, *each) as cluster:
         ids = [cluster.head_node.node_id, *(node.node_id for node in cluster.worker_nodes)]
-        made = finish(start(tmp_path, files["test"], **natural), tmp_path)
+        made = finish(start(tmp_path, files["test"], architecture="both", **natural), tmp_path)
+        assert len(list((tmp_path / "runs" / "small").glob("experts/*/model.safetensors"))) == len(silos)
         runs = children(tmp_path)
         compared = subprocess.run(
             [
