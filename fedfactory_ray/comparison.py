@@ -117,7 +117,8 @@ def compare(config: Config, methods: Sequence[str], seeds: int, console: Console
 
 def compare_once(config: Config, methods: Sequence[str], console: Console) -> Comparison:
     """The comparison on the config's seed, logged as one MLflow run with a child for each method."""
-    with open_session(config, console) as session, ExitStack() as ending:
+    draws = FACTORY in methods or FACTORY_II in methods
+    with open_session(config, console, draws=draws) as session, ExitStack() as ending:
         console.print(partition_table(session.partition, session.info))
         folders: dict[str, str] = {}
         lines: dict[str, Line] = {}
@@ -130,7 +131,7 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
         if federated and config.classifier.norm == "batch":
             console.print("note: statistics of batch norms are averaged too; --classifier.norm group has none")
         experts = None
-        if FACTORY in methods or FACTORY_II in methods:
+        if draws:
             modules, manifest = make_images(session)
             if FACTORY in methods:
                 lines[FACTORY], folders[FACTORY] = run_factory(session, modules, manifest)
@@ -238,6 +239,7 @@ def run_federated(session: Session, federation: Federation, method: str, run: Ru
     for done in finished.history:
         if done.round not in logged:  # of an earlier start of the run
             log(done)
+    run.flush()
     run.metrics({"chosen_round": finished.chosen})
     run.tag("sha256", finished.sha256)
     return finished

@@ -19,7 +19,6 @@ from fedfactory_ray.config import METHOD, Config
 from fedfactory_ray.progress import bars
 from fedfactory_ray.report import Report, partition_table
 from fedfactory_ray.session import Session, open_session
-from fedfactory_ray.synthesis.plan import check_validation
 from fedfactory_ray.tracking import ClientRun, Curves
 
 if TYPE_CHECKING:
@@ -102,14 +101,11 @@ def make_task(session: Session) -> Task:
 
 
 def train_modules(session: Session, client_runs: dict[str, ClientRun]) -> Modules:
-    """Every client trains its modules and uploads each once. Raises ConfigError, before any starts, where too few
-    images would be drawn of them to choose a classifier's epoch by."""
+    """Every client trains its modules and uploads each once."""
     from fedfactory_ray.federation.client import Progress, Upload
     from fedfactory_ray.federation.round import run_round
 
     config = session.config
-    held = ((client, label, len(indices)) for client, label, indices in session.partition)
-    check_validation(held, config.synthesis.images_per_class, config.classifier.validation_fraction)
     total = sum(config.generator.steps(len(indices)) for _, _, indices in session.partition)
     done: dict[tuple[str, int], int] = {}
     with session.phase("modules"), bars(session.console, "training modules", total, "steps") as shown:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from mlflow.environment_variables import MLFLOW_DEFAULT_PREDICTION_DEVICE
 from torch.export.passes import move_to_device_pass
 
 BATCH_SIZE = 500
@@ -26,7 +27,8 @@ class ServedClassifier:
 
 
 def _load_pyfunc(path: str, model_config: Mapping[str, Any] | None = None) -> ServedClassifier:
-    """MLflow's hook. Device: that of `model_config`, else the first CUDA device, else the CPU."""
-    chosen = (model_config or {}).get("device") or ("cuda" if torch.cuda.is_available() else "cpu")
+    """MLflow's hook. Device: that of `model_config`, else MLFLOW_DEFAULT_PREDICTION_DEVICE, else CUDA, else the CPU."""
+    asked = (model_config or {}).get("device") or MLFLOW_DEFAULT_PREDICTION_DEVICE.get()
+    chosen = asked or ("cuda" if torch.cuda.is_available() else "cpu")
     program = move_to_device_pass(torch.export.load(path), chosen)
     return ServedClassifier(program.module(), torch.device(chosen))

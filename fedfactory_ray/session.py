@@ -24,6 +24,7 @@ from fedfactory_ray.errors import FedFactoryError, ForgottenError, RunConflictEr
 from fedfactory_ray.federation.exchange import digest, import_modules
 from fedfactory_ray.storage import Storage
 from fedfactory_ray.survey import survey
+from fedfactory_ray.synthesis.plan import check_validation
 
 SECONDS = "seconds.json"
 FORGETTING, FORGOTTEN = "forgetting.json", "forgotten.json"
@@ -51,8 +52,8 @@ class Session:
 
     @contextmanager
     def phase(self, title: str) -> Iterator[None]:
-        """Take the block's time as the seconds of `title`; storage keeps what the start that finished it took and, of
-        those before, what broke off; later starts find it done."""
+        """Take the block's time as the seconds of `title`; storage keeps what the start that finished it took and what
+        broke off before, with whatever settings; later starts find it done."""
         began, broken = time.monotonic(), f"{title}, broken off"
         finished = False
         try:
@@ -73,11 +74,12 @@ class Session:
 
 @contextmanager
 def open_session(
-    config: Config, console: Console, forgetting: bool = False, parent: str | None = None
+    config: Config, console: Console, forgetting: bool = False, parent: str | None = None, draws: bool = True
 ) -> Iterator[Session]:
     """Join the cluster, check data and plan, deal the partition and claim the run's folder, before any work starts.
 
-    `forgetting` lets jobs/unlearn.py open what it makes; `parent` is the MLflow run to nest below. At the end the
+    `forgetting` lets jobs/unlearn.py open what it makes; `parent` is the MLflow run to nest below; `draws` tells
+    that images will be drawn, of which some have to validate. At the end the
     MLflow run is marked FINISHED, FAILED or KILLED. A worker's refusal is raised as itself.
     """
     began = time.monotonic()
@@ -92,6 +94,8 @@ def open_session(
             plan = make_plan(config.resources)
             info, partition, cards = survey(config)
             config.generator.check_resolution(info.resolution)
+            if draws:
+                check_validation(config, partition)
             claim(config.determining() | ({"modules": digest(cards)} if cards else {}), storage)
             storage.clean()
             storage.write_json(SETTINGS, config.model_dump(mode="json") | {"name": name})

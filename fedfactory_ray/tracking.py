@@ -7,6 +7,8 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -79,9 +81,8 @@ class Run:
 
     def flush(self) -> None:
         """Send the points that wait."""
-        waiting, self.waiting = self.waiting, []
-        self.curves(waiting)
-        self.flushed = time.monotonic()
+        self.curves(self.waiting)
+        self.waiting, self.flushed = [], time.monotonic()
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag."""
@@ -108,6 +109,7 @@ class Run:
         """
         import mlflow
         import torch
+        from mlflow.environment_variables import MLFLOW_DEFAULT_PREDICTION_DEVICE as DEVICE
 
         from fedfactory_ray import served_classifier
 
@@ -116,7 +118,10 @@ class Run:
             probabilities = predictor.eval()(images).numpy()
         traced = torch.cat([images, images])  # an export takes a batch of one for a constant
         program = torch.export.export(predictor, (traced,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-        with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=self.id):
+        with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=self.id), ExitStack() as ending:
+            # MLflow tries the model here, and the driver was given no GPU.
+            ending.callback(partial(DEVICE.set, asked) if (asked := DEVICE.get()) else DEVICE.unset)
+            DEVICE.set("cpu")
             file = Path(folder, "model.pt2")
             torch.export.save(program, file)
             info = mlflow.pyfunc.log_model(
@@ -134,12 +139,14 @@ class Run:
 
     def end(self, status: str = "FINISHED") -> None:
         """End the run and the children that still run: FINISHED, FAILED or KILLED."""
-        self.flush()
         for child in list(self.running_children.values()):
             child.end(status)
-        self.client.set_terminated(self.id, status)
-        if self.parent is not None:
-            del self.parent.running_children[self.id]
+        try:
+            self.flush()
+        finally:
+            self.client.set_terminated(self.id, status)
+            if self.parent is not None:
+                del self.parent.running_children[self.id]
 
 
 class ClientRun:

@@ -16,7 +16,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         nargs="+",
         metavar="NAME",
-        help="of centralised, local, fedavg, fedprox, scaffold, feddyn, fedfactory, fedfactory-ii; default: all",
+        help="of centralised, local, fedavg, fedprox, scaffold, feddyn, those that were added, fedfactory, fedfactory-ii; "
+        "default: all",
     )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with N seeds, from --seed on")
 
@@ -33,7 +34,7 @@ def main() -> None:
     if chosen.seeds > 1:
         console.print(comparison.comparison_table(found))
     console.print(f"run folder  {found.storage}", soft_wrap=True, highlight=False)
-    console.print(f"plot        {found.storage}/{comparison.PLOT}", soft_wrap=True, highlight=False)
+    console.print(f"plot        {comparison.PLOT}, there and in MLflow", highlight=False)
     browse = f"browse      mlflow ui --backend-store-uri {tracking.tracking_uri(config)}"
     console.print(browse, soft_wrap=True, highlight=False)
 

@@ -19,7 +19,7 @@ from small_runs import SMALL, digests
 from fedfactory_ray import pipeline
 from fedfactory_ray.command_line import make_config
 from fedfactory_ray.config import Config
-from fedfactory_ray.errors import DataInvalidError, RunConflictError
+from fedfactory_ray.errors import ConfigError, DataInvalidError, RunConflictError
 from fedfactory_ray.federation import round as federation_round
 from fedfactory_ray.federation import slots as federation_slots
 from fedfactory_ray.report import Report, report_table
@@ -272,6 +272,15 @@ def test_a_hundred_clients_share_two_slots(cluster: None, tmp_path: Path, monkey
     assert len(modules) == 100
     assert started == [{"num_cpus": 1.0, "num_gpus": 0.0}] * 2
     assert all(handle.ref is not None for handle in modules.values())
+
+
+def test_too_few_images_to_choose_an_epoch_are_refused_and_the_folder_stays_free(
+    cluster: None, data: Path, tmp_path: Path
+) -> None:
+    changes = {"synthesis": SMALL["synthesis"] | {"images_per_class": 12}}  # of class 1 eight and four
+    with pytest.raises(ConfigError, match="at most 8 images of class 1"):
+        run(small_config(tmp_path, data, **changes), tmp_path)
+    assert not (tmp_path / "runs" / "small" / "config.json").exists()
 
 
 def test_bad_data_is_refused_before_anything_is_made(cluster: None, tmp_path: Path) -> None:

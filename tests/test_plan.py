@@ -1,10 +1,13 @@
 import hashlib
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from fedfactory_ray.config import Config
+from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.synthesis.plan import Unit, check_validation, make_units, quotas
@@ -175,12 +178,29 @@ def test_a_units_file_names_class_client_and_index(label: int, index: int) -> No
 
 
 def test_a_plan_of_which_a_class_has_no_validating_image_is_refused() -> None:
-    many = [(f"client-{i:03d}", y, 7) for i in range(100) for y in (0, 1)]
+    def check(
+        held: dict[str, dict[int, int]], images: int, fraction: float = 0.1, exclude: tuple[str, ...] = ()
+    ) -> None:
+        config = Config.model_validate(
+            {
+                "synthesis": {"images_per_class": images, "batch_size": 2, "unit_size": 4},
+                "classifier": {"validation_fraction": fraction},
+                "partition": {"exclude": exclude},
+            }
+        )
+        shares = {client: {y: np.arange(n) for y, n in share.items()} for client, share in held.items()}
+        check_validation(config, Partition(3, shares))
+
+    many = {f"client-{i:03d}": {0: 7, 1: 7} for i in range(100)}
     with pytest.raises(ConfigError, match=r"at most 5 images of class 0 (.|\n)*class 1 (.|\n)*about 1000 images"):
-        check_validation(many, 500, 0.1)
-    check_validation(many, 1000, 0.1)
-    check_validation(many, 500, 0.2)
+        check(many, 500)
+    check(many, 1000)
+    check(many, 500, 0.2)
     # One client that draws enough is enough; a class that nobody holds asks for nothing.
-    check_validation([("a", 0, 90), *(("b", y, 1) for y in (0, 2))], 10, 0.1)
+    check({"a": {0: 90}, "b": {0: 1, 2: 1}}, 10)
     with pytest.raises(ConfigError, match="at most 9 images"):
-        check_validation([("a", 0, 50)], 9, 0.1)
+        check({"a": {0: 50}}, 9)
+    # Where the largest holder is forgotten, fewer are drawn from each of the others.
+    others = {f"client-{i:03d}": {0: 5} for i in range(100)}
+    check({"large": {0: 500}} | others, 30)
+    check(others, 30, exclude=("large",))

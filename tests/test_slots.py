@@ -51,3 +51,28 @@ def test_a_silo_whose_nodes_stay_away_is_given_up_and_the_others_are_served(
     assert isinstance(error, ActorUnschedulableError)
     assert "for 1 s no node may read the silo of gone" in reason(error)
     assert isinstance(find_refusal(error), ResourcesError)  # what a run that cannot do without it says
+
+
+def test_a_silo_that_came_back_has_its_whole_time_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    clock, refused = [0.0], [True]
+
+    def refuse(_: Any) -> None:
+        if refused[0]:
+            raise ResourcesError("no node", "a node", "a node")
+
+    monkeypatch.setattr(slots, "refuse_unknown_places", refuse)
+    monkeypatch.setattr(slots.time, "monotonic", lambda: clock[0])
+    silos = [{"name": "north", "source": "a.npz"}]
+    config = Config.model_validate({"partition": {"scheme": "natural", "silos": silos}})
+    actors = slots.Slots(config, Worker(1.0, 0.0, 1, 1), Storage(str(tmp_path)))
+    running: dict[Any, tuple[str, Any]] = {"stream": ("north", None)}
+
+    def gives_up(at: float, gone: bool) -> bool:
+        clock[0], refused[0] = at, gone
+        return bool(actors._away(running))
+
+    assert not gives_up(0, True)
+    assert not gives_up(slots.AWAY_SECONDS - 1, True)
+    assert not gives_up(slots.AWAY_SECONDS, False)
+    assert not gives_up(slots.AWAY_SECONDS + 60, True)
+    assert gives_up(2 * slots.AWAY_SECONDS + 60, True)

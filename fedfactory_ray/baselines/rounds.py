@@ -139,10 +139,11 @@ class Federation:
         """
         settings, folder = self.config.federated, f"classifier/{name}"
         fingerprint = self.fingerprint(method)
-        checkpoints = f"federated/{name}-{fingerprint[:16]}"
+        every = f"federated/{name}"  # of settings that were given up, too
+        checkpoints = f"{every}/{fingerprint[:16]}"
         stored = stored_method(self.storage, folder, fingerprint)
         if stored is not None:
-            self.storage.delete_folder(checkpoints)  # of a start that was killed at its very end
+            self.storage.delete_folder(every)  # of a start that was killed at its very end
             return stored
         state = self._resume(checkpoints) or self._start(method)
         while not self._ended(state):
@@ -161,7 +162,7 @@ class Federation:
             "history": [asdict(r) for r in state.history],
         }
         self.storage.write_json(f"{folder}/card.json", card)
-        self.storage.delete_folder(checkpoints)
+        self.storage.delete_folder(every)
         return Federated(folder, sha256, state.chosen, state.history)
 
     def fingerprint(self, method: Method) -> str:

@@ -21,11 +21,13 @@ SHARES = (1.0, 0.25, 0.0)
 
 
 def stored_run(options: argparse.Namespace) -> tuple[Any, Config]:
-    """The storage of the run in --run, and the configuration of its last start."""
+    """The storage of the run in --run, and the configuration of its last start, but for the cluster it had."""
     from fedfactory_ray.storage import Storage
 
     storage = Storage(options.run)
-    return storage, Config.model_validate(storage.read_json(SETTINGS))
+    tree = storage.read_json(SETTINGS)
+    threads = {name: {"threads": tree["resources"][name]["threads"]} for name in ("client", "synthesis", "classifier")}
+    return storage, Config.model_validate(tree | {"resources": threads})
 
 
 def expert_logits(config: Config, uri: str, client: str) -> Any:

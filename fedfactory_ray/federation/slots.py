@@ -17,7 +17,8 @@ from fedfactory_ray.storage import Storage
 
 ATTEMPTS = 3
 AWAY_SECONDS = 600.0
-"""A natural silo whose nodes are all gone is given up after this time; Ray itself would wait for ever."""
+"""A natural silo whose nodes are gone for so long, while nobody else has anything to tell, is given up; Ray itself
+would wait for ever."""
 
 
 class Slots:
@@ -64,6 +65,7 @@ class Slots:
                     continue
                 (stream,) = ready
                 client, actor = running[stream]
+                self.away.pop(client, None)
                 try:
                     hear(client, ray.get(next(stream)), stream)
                 except StopIteration:

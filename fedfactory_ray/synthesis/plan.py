@@ -6,6 +6,8 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fedfactory_ray.config import Config
+from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.seeds import derive_seed
@@ -45,14 +47,18 @@ def quotas(counts: dict[str, int], total: int) -> dict[str, int]:
     return shares
 
 
-def check_validation(held: Iterable[tuple[str, int, int]], images_per_class: int, fraction: float) -> None:
-    """Refuse a plan in which no image of a class would validate: every (1 / `fraction`)-th of a client's own does.
+def check_validation(config: Config, partition: Partition) -> None:
+    """Refuse a plan in which no image of a class would validate: every (1 / validation_fraction)-th of those drawn from
+    a client's module does. Raises ConfigError.
 
-    `held` tells the images that each (client, class) holds. Raises ConfigError.
+    A run that has to forget somebody is never refused: what it was made from was accepted.
     """
-    period, problems, by_label = round(1 / fraction), [], dict[int, dict[str, int]]()
-    for client, label, n in held:
-        by_label.setdefault(label, {})[client] = n
+    if config.partition.exclude:
+        return
+    images_per_class, period = config.synthesis.images_per_class, round(1 / config.classifier.validation_fraction)
+    problems, by_label = [], dict[int, dict[str, int]]()
+    for client, label, indices in partition:
+        by_label.setdefault(label, {})[client] = len(indices)
     for label, counts in sorted(by_label.items()):
         most = max(quotas(counts, images_per_class).values())
         if most < period:

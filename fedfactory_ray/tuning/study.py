@@ -26,6 +26,7 @@ from fedfactory_ray.progress import Bars, bars
 from fedfactory_ray.session import Session, find_refusal, open_session, run_name
 from fedfactory_ray.storage import Storage
 from fedfactory_ray.survey import survey
+from fedfactory_ray.synthesis.plan import check_validation
 from fedfactory_ray.tracking import Run
 from fedfactory_ray.tuning.drawn import digest, make_drawn, settings_of_images
 from fedfactory_ray.tuning.record import FILE, Record, Report, read_record
@@ -120,7 +121,9 @@ def run_study(
     made = make_trials(config, method, search, trials)
     if concurrent < 1:
         raise ConfigError([f"--concurrent: found {concurrent}, needed at least 1"])
-    with open_session(config.model_copy(update={"name": f"tune-{method}-{run_name(config)}"}), console) as session:
+    with open_session(
+        config.model_copy(update={"name": f"tune-{method}-{run_name(config)}"}), console, draws=False
+    ) as session:
         worker = plan_worker(session, method, concurrent)
         storages = [session.storage.within(trial.name) for trial in made]
         records = [read_record(storage, trial.settings) for storage, trial in zip(storages, made, strict=True)]
@@ -175,6 +178,8 @@ def make_jobs(
             rounds.check(trial.config, partition)
         elif not sum(info.counts["val"]):
             raise DataInvalidError(trial.config.data.source, "no val images", "a validation split, to tune on it")
+        if method == METHOD:
+            check_validation(trial.config, partition)
         sessions.append(replace(session, config=trial.config, info=info, partition=partition))
     images = [digest(settings_of_images(trial.config)) for trial in trials]
     drawn = {}

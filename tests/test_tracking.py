@@ -1,9 +1,11 @@
-"""The logged classifier as MLflow's users load it, from a real store."""
+"""The logged classifier as MLflow's users load it, and curves that grow, in a real store."""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import mlflow
 import numpy as np
@@ -11,6 +13,7 @@ import pytest
 import torch
 from torch import nn
 
+from fedfactory_ray import tracking
 from fedfactory_ray.classification.models import Task, make_classifier
 from fedfactory_ray.command_line import make_config
 from fedfactory_ray.experts import Ensemble
@@ -66,3 +69,41 @@ def test_the_model_brings_its_loader_and_needs_no_package_of_ours(uri: str) -> N
     assert "fedfactory_ray" not in (folder / "code" / "served_classifier.py").read_text()
     mlflow.pyfunc.load_model(uri)
     assert Path(sys.modules["served_classifier"].__file__ or "").name == "served_classifier.py"
+
+
+class Broken:
+    """A call that fails until it is mended."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self.call, self.mended = call, False
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if not self.mended:
+            raise OSError("no network")
+        return self.call(*arguments, **named)
+
+
+def test_curves_that_grow_wait_and_are_whole_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    run = start_run(make_config(overrides=["--tracking.uri", store]), "curves", "here")
+    client = mlflow.MlflowClient(store)
+
+    def logged() -> list[tuple[int, float]]:
+        return [(point.step, point.value) for point in client.get_metric_history(run.id, "loss")]
+
+    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 100.0)
+    run.grow([("loss", 1, 0.5)])
+    assert logged() == []
+    monkeypatch.setattr(tracking, "FLUSH_SECONDS", -1.0)
+    run.grow([("loss", 2, 0.25)])
+    assert logged() == [(1, 0.5), (2, 0.25)]
+    monkeypatch.setattr(tracking, "FLUSH_SECONDS", 100.0)
+    run.grow([("loss", 3, 0.125)])
+    broken = Broken(run.client.log_batch)
+    monkeypatch.setattr(run.client, "log_batch", broken)
+    with pytest.raises(OSError, match="no network"):
+        run.end("FAILED")
+    assert client.get_run(run.id).info.status == "FAILED"
+    broken.mended = True
+    run.flush()
+    assert logged() == [(1, 0.5), (2, 0.25), (3, 0.125)]
