@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         nargs="+",
         metavar="NAME",
-        help="of centralised, local, fedavg, fedprox, scaffold, feddyn, those that were added, fedfactory, fedfactory-ii; "
+        help="of centralised, local, fedavg, fedprox, scaffold, feddyn, fedfactory, fedfactory-ii, or one added; "
         "default: all",
     )
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help="repeat with N seeds, from --seed on")
