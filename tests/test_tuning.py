@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ import pytest
 import ray
 import yaml
 from conftest import write_npz
+from ray import tune
 from rich.console import Console
 from small_runs import ROOT, SMALL, wait_for
 
@@ -33,7 +35,7 @@ from fedfactory_ray.tuning.drawn import Drawn, digest, settings_of_images, setti
 from fedfactory_ray.tuning.record import Record, Report, read_record
 from fedfactory_ray.tuning.report import Line, Study, study_table
 from fedfactory_ray.tuning.search import Dimension, configured, draw_settings, overrides, parse_search
-from fedfactory_ray.tuning.study import make_scheduler, make_trials, run_study
+from fedfactory_ray.tuning.study import make_scheduler, make_trials, run_study, run_trials
 
 ALL = ("seed", "data", "partition", "classifier", "federated", "generator", "sampler", "synthesis")
 
@@ -370,6 +372,36 @@ def test_the_factorys_trials_share_modules_and_images(
     more = quietly(config, "fedfactory", "synthesis.images_per_class=16,48", "classifier.learning_rate=0.002")
     assert more.lines[0].accuracy == found.lines[0].accuracy
     assert times(study, "modules-*/modules/**/*", "images-*/synthetic/**/*") == made
+
+
+@pytest.mark.parametrize("concurrent", [1, 3])
+def test_no_more_trials_run_at_once_than_asked_for(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, concurrent: int
+) -> None:
+    """Trials themselves take no CPU, so nothing else would hold them back."""
+
+    class Counting(tune.Callback):
+        records = [Record({}, outcome="whole")] * 4
+        running = most = 0
+
+        def on_trial_start(self, *_: Any, **__: Any) -> None:
+            self.running += 1
+            self.most = max(self.most, self.running)
+
+        def on_trial_complete(self, *_: Any, **__: Any) -> None:
+            self.running -= 1
+
+    def trial(chosen: Any, jobs: Any) -> None:
+        for step in (1, 2):
+            time.sleep(0.3)
+            tune.report({"step": step, "best": 0.5})
+
+    monkeypatch.setattr("fedfactory_ray.tuning.study.run_trial", trial)
+    session: Any = SimpleNamespace(storage=Storage(str(tmp_path)))
+    watch: Any = Counting()
+    jobs: Any = dict.fromkeys(range(4))
+    run_trials(session, watch, jobs, 2, concurrent)
+    assert (watch.running, watch.most) == (0, concurrent)
 
 
 def test_a_study_that_cannot_run_is_refused_before_it_starts(cluster: None, tmp_path: Path) -> None:
