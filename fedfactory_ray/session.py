@@ -78,9 +78,9 @@ def open_session(
 ) -> Iterator[Session]:
     """Join the cluster, check data and plan, deal the partition and claim the run's folder, before any work starts.
 
-    `forgetting` lets jobs/unlearn.py open what it makes; `parent` is the MLflow run to nest below; `draws` tells
-    that images will be drawn, of which some have to validate. At the end the
-    MLflow run is marked FINISHED, FAILED or KILLED. A worker's refusal is raised as itself.
+    `forgetting` lets jobs/unlearn.py open what it makes; `parent` is the MLflow run to nest below; `draws` tells that
+    images will be drawn, of which some have to validate. At the end the MLflow run is marked FINISHED, FAILED or
+    KILLED. A worker's refusal is raised as itself.
     """
     began = time.monotonic()
     name = run_name(config)
