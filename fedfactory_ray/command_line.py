@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
@@ -17,6 +18,9 @@ from rich.console import Console
 from fedfactory_ray.config import SETTINGS, Config, merge
 from fedfactory_ray.errors import ConfigError, FedFactoryError
 from fedfactory_ray.presets import PRESETS
+
+LOG_WIDTH = 140
+"""Columns of a log; rich would fold tables to 80."""
 
 
 def make_config(preset: str = "digits", file: str | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -96,6 +100,12 @@ def parse(
     if not PRESETS[options.preset].verified:
         Console().print(f"note: preset {options.preset} has not been run on its hardware yet", highlight=False)
     return config, options
+
+
+def job_console() -> Console:
+    """Where a job prints: as wide as its tables where no terminal sets the width, such as in a submitted job's log."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=LOG_WIDTH)
 
 
 def exit_status(job: Callable[[], None]) -> int:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -154,33 +154,34 @@ class ClientRun:
 
     def __init__(self, parent: Future[Run], client: str) -> None:
         self.parent, self.client = parent, client
-        self.run: Run | None = None
-        self.points: list[tuple[str, int, float]] = []
+        self.early: list[tuple[str, int, float]] = []
         self.tags: dict[str, str] = {}
-        self.flushed = time.monotonic()
+
+    @cached_property
+    def run(self) -> Run:
+        """The client's own run, once the job's has started; it takes what came before."""
+        run = self.parent.result().child(self.client)
+        run.grow(self.early)
+        return run
 
     def progress(self, event: Any) -> None:
         """Take a point of a loss curve (a client's `Progress`)."""
-        self.points.append((f"loss_class_{event.label}", event.step, event.loss))
-        if self.parent.done() and time.monotonic() - self.flushed > FLUSH_SECONDS:
-            self.flush()
+        self._grow(f"loss_class_{event.label}", event.step, event.loss)
 
     def upload(self, event: Any) -> None:
         """Take the seconds of a module, and where it was trained (a client's `Upload`)."""
-        self.points.append((f"seconds_class_{event.card.label}", event.card.steps, event.seconds))
+        self._grow(f"seconds_class_{event.card.label}", event.card.steps, event.seconds)
         self.tags = {"node": event.node, "gpus": ",".join(event.gpus)}
 
-    def flush(self) -> Run:
-        """Write the points so far; returns the run, which starts with the first of them."""
-        if self.run is None:
-            self.run = self.parent.result().child(self.client)
-        self.run.curves(self.points)
-        self.points, self.flushed = [], time.monotonic()
-        return self.run
+    def _grow(self, *point: Any) -> None:
+        if self.parent.done():
+            self.run.grow([point])
+        else:
+            self.early.append(point)
 
     def finish(self, cards: list[Any], grid: Figure | None) -> None:
         """Log the client's modules and its picture, if images were drawn of them, and end its run."""
-        run = self.flush()
+        run = self.run
         run.metrics(
             {
                 "images": sum(c.images for c in cards),

@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from rich.console import Console
-
-from fedfactory_ray.command_line import exit_status, parse
+from fedfactory_ray.command_line import exit_status, job_console, parse
 from fedfactory_ray.errors import ConfigError
 
 COST = ("overhead", "clients", "memory")
@@ -39,7 +37,7 @@ def main() -> None:
     from fedfactory_ray.benchmark import choices, cost
 
     measure = getattr(cost if options.what in COST else choices, options.what)
-    Console().print(measure(config, options))
+    job_console().print(measure(config, options))
 
 
 if __name__ == "__main__":

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from rich.console import Console
-
-from fedfactory_ray.command_line import exit_status, parse
+from fedfactory_ray.command_line import exit_status, job_console, parse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,14 +25,16 @@ def main() -> None:
     description = "Compare methods on one partition and with one recipe; what is done is not done again."
     config, chosen = parse(description=description, add_arguments=add_arguments)
     # Heavy imports only once the configuration stands.
-    from fedfactory_ray import comparison, tracking
+    from fedfactory_ray import tracking
+    from fedfactory_ray.comparison.compare import compare, method_names
+    from fedfactory_ray.comparison.report import PLOT, comparison_table
 
-    console = Console()
-    found = comparison.compare(config, chosen.methods or comparison.method_names(), chosen.seeds, console)
+    console = job_console()
+    found = compare(config, chosen.methods or method_names(), chosen.seeds, console)
     if chosen.seeds > 1:
-        console.print(comparison.comparison_table(found))
+        console.print(comparison_table(found))
     console.print(f"run folder  {found.storage}", soft_wrap=True, highlight=False)
-    console.print(f"plot        {comparison.PLOT}, there and in MLflow", highlight=False)
+    console.print(f"plot        {PLOT}, there and in MLflow", highlight=False)
     browse = f"browse      mlflow ui --backend-store-uri {tracking.tracking_uri(config)}"
     console.print(browse, soft_wrap=True, highlight=False)
 

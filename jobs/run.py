@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from rich.console import Console
-
-from fedfactory_ray.command_line import exit_status, parse
+from fedfactory_ray.command_line import exit_status, job_console, parse
 
 
 def main() -> None:
@@ -18,7 +16,7 @@ def main() -> None:
     from fedfactory_ray import pipeline
     from fedfactory_ray.report import report_table
 
-    console = Console()
+    console = job_console()
     report = pipeline.run(config, console)
     console.print(report_table(report))
     console.print(f"run folder  {report.storage}", soft_wrap=True, highlight=False)

@@ -16,7 +16,7 @@ import sys
 import numpy as np
 from rich.console import Console
 
-from fedfactory_ray.command_line import exit_status, parse
+from fedfactory_ray.command_line import exit_status, job_console, parse
 from fedfactory_ray.config import Config
 from fedfactory_ray.errors import ConfigError, DataInvalidError
 from fedfactory_ray.progress import bars
@@ -45,7 +45,7 @@ def main() -> None:
         raise ConfigError([f"--client {options.client!r}: needed letters, digits and ._- (it names a folder)"])
     data = config.data.model_copy(update={"source": options.data})
     config = config.model_copy(update={"data": data, "partition": PartitionConfig(), "modules": None})
-    train(config, options, Console())
+    train(config, options, job_console())
 
 
 def train(config: Config, options: argparse.Namespace, console: Console) -> None:

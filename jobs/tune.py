@@ -15,9 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from rich.console import Console
-
-from fedfactory_ray.command_line import exit_status, parse
+from fedfactory_ray.command_line import exit_status, job_console, parse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +38,7 @@ def main() -> None:
     from fedfactory_ray.tuning.report import study_table
     from fedfactory_ray.tuning.study import run_study
 
-    console = Console()
+    console = job_console()
     study = run_study(config, chosen.method, chosen.search, chosen.trials, chosen.concurrent, console)
     console.print(study_table(study))
     console.print(f"best        {study.best}", soft_wrap=True, highlight=False, markup=False)

@@ -7,10 +7,9 @@ import getpass
 import sys
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
-from fedfactory_ray.command_line import exit_status, stored_config
+from fedfactory_ray.command_line import exit_status, job_console, stored_config
 
 if TYPE_CHECKING:
     from fedfactory_ray.unlearning.certificate import Certificate
@@ -62,7 +61,7 @@ def forget(arguments: list[str]) -> None:
     from fedfactory_ray.storage import Storage
     from fedfactory_ray.unlearning.forget import forget as fulfil
 
-    console = Console()
+    console = job_console()
     certificate = fulfil(
         config, options.client, options.classes, options.name, options.by, options.allow_inexact, console
     )
@@ -111,7 +110,7 @@ def verify(arguments: list[str]) -> int:
     config = stored_config(run.name, ["--storage.uri", run.parent.uri, *overrides])
     from fedfactory_ray.unlearning.verification import verify as check
 
-    console = Console()
+    console = job_console()
     _, checks = check(options.certificate, config, options.retrain, console)
     table = Table(title=f"certificate · {run.name}", title_justify="left", show_header=False)
     for each in checks:

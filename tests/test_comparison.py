@@ -13,8 +13,9 @@ from rich.console import Console
 
 from fedfactory_ray.baselines.methods import METHODS
 from fedfactory_ray.classification.evaluation import Difference, Interval
-from fedfactory_ray.command_line import make_config
-from fedfactory_ray.comparison import Comparison, Line, compare, comparison_table, method_names, over_seeds
+from fedfactory_ray.command_line import job_console, make_config
+from fedfactory_ray.comparison.compare import compare, method_names
+from fedfactory_ray.comparison.report import LONE, Comparison, Line, comparison_table, over_seeds
 from fedfactory_ray.config import Config
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.plots import comparison_plot
@@ -64,12 +65,15 @@ def test_what_is_missing_or_diverged_stands_below_the_table() -> None:
 
 def test_what_architecture_two_gains_stands_below_the_table_and_in_the_file() -> None:
     gain = Difference(Interval(0.01, -0.02, 0.03), Interval(-0.01, -0.04, 0.02))
-    found = replace(comparison(0.2, 10), difference=gain, missing=("client-003",))
+    found = replace(comparison(0.2, 10), gained=(gain,), missing=("client-003",))
     assert "fedfactory-ii less fedfactory, paired: accuracy +0.0100 [-0.0200, +0.0300]" in printed(found)
     stored = json.loads(json.dumps(found.to_json()))
     assert stored["missing"] == ["client-003"]
-    assert stored["fedfactory-ii less fedfactory"]["balanced_accuracy_low"] == -0.04
+    assert stored["fedfactory-ii less fedfactory"][0]["balanced_accuracy_low"] == -0.04
     assert stored["lines"][1]["method"] == "fedavg"
+    several = over_seeds([found, found])
+    assert len(several.gained) == 2
+    assert printed(several).count("+0.0100 [-0.0200, +0.0300]") == 2
 
 
 def test_a_narrow_screen_shows_every_figure_whole() -> None:
@@ -77,6 +81,13 @@ def test_a_narrow_screen_shows_every_figure_whole() -> None:
     Console(file=out, width=80).print(comparison_table(comparison(0.2, 10)))
     assert "…" not in out.getvalue()
     assert "[0.1000," in out.getvalue()
+
+
+def test_a_log_shows_a_method_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    longest = Line(LONE, scores(0.9), 1, 1e9, 1e9, 10_000)
+    job_console().print(comparison_table(Comparison("digits", "runs/digits", [longest], {})))
+    assert [line for line in capsys.readouterr().out.splitlines() if LONE in line and "0.9000 [0.8000, 1.0000]" in line]
 
 
 def test_the_plot_has_a_bar_a_method_and_a_curve_a_federated_one() -> None:
@@ -114,7 +125,7 @@ def test_several_seeds_have_runs_of_their_own_and_one_of_their_means(
         asked.append(config)
         return comparison(0.1 * len(asked), 10)
 
-    monkeypatch.setattr("fedfactory_ray.comparison.compare_once", once)
+    monkeypatch.setattr("fedfactory_ray.comparison.compare.compare_once", once)
     monkeypatch.chdir(tmp_path)  # where artifacts go
     store = f"sqlite:///{tmp_path}/mlflow.db"
     config = make_config(overrides=["--seed", "4", "--name", "mine", "--tracking.uri", store])

@@ -303,7 +303,8 @@ def test_run_names_follow_the_settings_that_matter() -> None:
 
 def test_the_comparison_goes_on_from_the_runs_folder(finished: Finished, folder: Path) -> None:
     """Last of the tests on this run: it adds to the run's folder and to the store."""
-    from fedfactory_ray.comparison import BEST, ENSEMBLE, LONE, MEAN, compare
+    from fedfactory_ray.comparison.compare import compare
+    from fedfactory_ray.comparison.report import BEST, ENSEMBLE, LONE, MEAN
     from fedfactory_ray.sections import FederatedConfig
 
     federated = FederatedConfig(rounds=2, local_epochs=1, validation_every=5)

@@ -122,7 +122,7 @@ def train_modules(session: Session, name: str) -> Modules:
     client_runs: dict[str, ClientRun] = {}
     modules = pipeline.train_modules(inner, client_runs)
     for client_run in client_runs.values():
-        client_run.flush().end()
+        client_run.run.end()
     inner.run.end()
     # Images go to another folder, so whoever draws them finds no module there, should Ray lose one: it is read again.
     files = {key: f"{handle.card.folder}/model.safetensors" for key, handle in modules.items()}

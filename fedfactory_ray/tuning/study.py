@@ -18,7 +18,7 @@ from fedfactory_ray.baselines import rounds
 from fedfactory_ray.baselines.centralised import reference_config
 from fedfactory_ray.baselines.methods import METHODS, determining
 from fedfactory_ray.cluster import Worker, make_plan
-from fedfactory_ray.comparison import CENTRALISED
+from fedfactory_ray.comparison.report import CENTRALISED
 from fedfactory_ray.config import METHOD, Config
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.errors import ConfigError, DataInvalidError, ResourcesError

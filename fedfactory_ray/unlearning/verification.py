@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fedfactory_ray import pipeline, tracking
 from fedfactory_ray.classification.card import WEIGHTS
-from fedfactory_ray.comparison import PLOT, TABLE
+from fedfactory_ray.comparison.report import PLOT, TABLE
 from fedfactory_ray.config import METHOD, Config, merge
 from fedfactory_ray.errors import UnlearningError
 from fedfactory_ray.session import FORGETTING, SECONDS, SETTINGS, refuse_forgotten

@@ -1,20 +1,38 @@
-"""The comparison: every method on one partition with one recipe; the test split is read once, after all are done."""
+"""The comparison's work: every method on one partition; the test split is read once, after all are done."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
-from io import BytesIO, StringIO
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from io import BytesIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
 from rich.console import Console
-from rich.table import Table
 
-from fedfactory_ray import pipeline, plots, tracking
-from fedfactory_ray.config import METHOD, PRODUCT, Config
+from fedfactory_ray import pipeline, tracking
+from fedfactory_ray.comparison.report import (
+    BEST,
+    CENTRALISED,
+    COMPARED,
+    ENSEMBLE,
+    FACTORY,
+    FACTORY_II,
+    LOCAL,
+    LONE,
+    MEAN,
+    PLOT,
+    TABLE,
+    Comparison,
+    Line,
+    comparison_table,
+    draw,
+    log_comparison,
+    over_seeds,
+)
+from fedfactory_ray.config import PRODUCT, Config
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.progress import bars
 from fedfactory_ray.report import partition_table
@@ -22,60 +40,11 @@ from fedfactory_ray.session import Session, open_session
 from fedfactory_ray.tracking import ClientRun, Run
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
     from fedfactory_ray.baselines.rounds import Federated, Federation, Round
     from fedfactory_ray.classification.evaluation import Difference
     from fedfactory_ray.federation.ensemble import Experts
     from fedfactory_ray.pipeline import Modules
     from fedfactory_ray.synthesis.synthesize import Shard
-
-CENTRALISED, LOCAL, FACTORY, FACTORY_II = "centralised", "local", METHOD, f"{METHOD}-ii"
-ENSEMBLE, MEAN, BEST = "local, ensemble", "local, mean", "local, best on test"
-LONE = f"{FACTORY_II}, lone experts, mean"
-TABLE, PLOT = "comparison.json", "comparison.png"
-COMPARED = ("accuracy", "balanced_accuracy", "auroc")
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of the table. `scores` are an evaluation's scalars, or over seeds their means, with `<score>_std`.
-
-    Bytes are those of all clients together, until the method's last round.
-    """
-
-    method: str
-    scores: dict[str, float]
-    rounds: float | None
-    bytes_up: float
-    bytes_down: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """What a comparison on one seed, or over several, tells; `curves` are validation accuracies by round. Architecture
-    II's line is without the experts of the clients `missing`; methods that `diverged` at once are untrained; on one
-    seed `difference` is what Architecture II gains on I, where both were compared."""
-
-    name: str
-    storage: str
-    lines: list[Line]
-    curves: dict[str, list[float]]
-    missing: tuple[str, ...] = ()
-    diverged: tuple[str, ...] = ()
-    difference: Difference | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """For storage and MLflow; all but the curves."""
-        gain = self.difference.scalars() if self.difference else None
-        lines = [vars(line) for line in self.lines]
-        return {
-            "lines": lines,
-            "missing": self.missing,
-            "diverged": self.diverged,
-            f"{FACTORY_II} less {FACTORY}": gain,
-        }
 
 
 def method_names() -> list[str]:
@@ -163,7 +132,8 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
         order = [CENTRALISED, MEAN, BEST, ENSEMBLE, *federated, FACTORY, LONE, FACTORY_II]
         found = [replace(lines[name], scores=scores[name]) for name in order if name in lines]
         missing = tuple(experts.missing) if experts else ()
-        comparison = Comparison(session.name, session.storage.uri, found, curves, missing, tuple(diverged), difference)
+        gained = (difference,) if difference else ()
+        comparison = Comparison(session.name, session.storage.uri, found, curves, missing, tuple(diverged), gained)
         session.storage.write_json(TABLE, comparison.to_json())
         picture = BytesIO()
         draw(comparison).savefig(picture, format="png")
@@ -177,7 +147,7 @@ def make_images(session: Session) -> tuple[Modules, list[Shard]]:
     client_runs: dict[str, ClientRun] = {}
     modules = pipeline.train_modules(session, client_runs)
     for client_run in client_runs.values():
-        client_run.flush().end()
+        client_run.run.end()
     return modules, pipeline.draw_images(session, modules)
 
 
@@ -285,82 +255,3 @@ def evaluate(
 def mean(scores: Sequence[dict[str, float]]) -> dict[str, float]:
     """Mean of each of the compared scores."""
     return {score: float(np.mean([each[score] for each in scores])) for score in COMPARED}
-
-
-def over_seeds(found: Sequence[Comparison]) -> Comparison:
-    """Means over seeds, and standard deviations (n - 1) of the scores."""
-    lines = []
-    for same in zip(*(comparison.lines for comparison in found), strict=True):
-        scores = {score: np.array([line.scores[score] for line in same]) for score in COMPARED}
-        lines.append(
-            Line(
-                same[0].method,
-                {k: float(v.mean()) for k, v in scores.items()}
-                | {f"{k}_std": float(v.std(ddof=1)) for k, v in scores.items()},
-                None if same[0].rounds is None else float(np.mean([line.rounds for line in same])),
-                *(float(np.mean([getattr(line, k) for line in same])) for k in ("bytes_up", "bytes_down", "seconds")),
-            )
-        )
-    name = f"{found[0].name}-and-{len(found) - 1}-more-seeds"
-    missing, diverged = (
-        tuple(f"{one} ({comparison.name})" for comparison in found for one in getattr(comparison, kind))
-        for kind in ("missing", "diverged")
-    )
-    return Comparison(name, found[0].storage, lines, found[0].curves, missing, diverged)
-
-
-def score_text(scores: dict[str, float], score: str) -> str:
-    """A score with its deviation over seeds; with one seed, accuracy has its bootstrap interval on the test split."""
-    value = f"{scores[score]:.4f}"
-    if f"{score}_std" in scores:
-        return f"{value} ± {scores[f'{score}_std']:.4f}"
-    if score == "accuracy" and "accuracy_low" in scores:
-        return f"{value} [{scores[f'{score}_low']:.4f}, {scores[f'{score}_high']:.4f}]"
-    return value
-
-
-def comparison_table(comparison: Comparison) -> Table:
-    """The table at the end."""
-    table = Table(title=f"comparison · {comparison.name}", title_justify="left")
-    for column in ("method", "accuracy", "balanced", "AUROC", "rounds", "MB up", "MB down", "seconds"):
-        table.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
-    for line in comparison.lines:
-        table.add_row(
-            line.method,
-            *(score_text(line.scores, score) for score in COMPARED),
-            "–" if line.rounds is None else f"{line.rounds:g}",
-            f"{line.bytes_up / 1e6:.2f}",
-            f"{line.bytes_down / 1e6:.2f}",
-            f"{line.seconds:.0f}",
-        )
-    notes = []
-    if comparison.missing:
-        notes.append(f"{FACTORY_II} is without the experts of {', '.join(comparison.missing)}")
-    if comparison.diverged:
-        notes.append(f"diverged at once, shown untrained: {', '.join(comparison.diverged)}")
-    if comparison.difference:
-        gain = comparison.difference
-        notes.append(f"{FACTORY_II} less {FACTORY}, paired: accuracy {gain.accuracy.signed}")
-        notes.append(f"balanced accuracy {gain.balanced_accuracy.signed}")
-    table.caption = "\n".join(notes) or None
-    return table
-
-
-def draw(comparison: Comparison) -> Figure:
-    """The plot: a bar a method, and the federated ones' validation accuracy by round."""
-    return plots.comparison_plot({line.method: line.scores for line in comparison.lines}, comparison.curves)
-
-
-def log_comparison(run: Run, runs: dict[str, Run], comparison: Comparison) -> None:
-    """Log table and plot to `run`, and each method's line to its own run of `runs`, which end."""
-    for line in comparison.lines:
-        if line.method in runs:
-            costs = {"rounds": line.rounds or 0, "bytes_up": line.bytes_up, "bytes_down": line.bytes_down}
-            runs[line.method].metrics(line.scores | costs | {"seconds": line.seconds})
-    for child in {id(child): child for child in runs.values()}.values():
-        child.end()
-    text = StringIO()
-    Console(file=text, width=160).print(comparison_table(comparison))
-    run.text(text.getvalue(), "comparison.txt")
-    run.json(comparison.to_json(), TABLE)
-    run.figure(draw(comparison), PLOT)

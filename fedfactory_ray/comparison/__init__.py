@@ -1,0 +1,1 @@
+"""Every method on one partition with one recipe."""
