@@ -12,6 +12,7 @@ import pytest
 import ray
 import torch
 from conftest import write_npz
+from ray.exceptions import ActorUnschedulableError
 
 from fedfactory_ray.baselines import client as actors
 from fedfactory_ray.baselines import rounds
@@ -26,7 +27,9 @@ from fedfactory_ray.config import Config
 from fedfactory_ray.data.partition import Partition, make_partition
 from fedfactory_ray.data.transforms import to_tensor
 from fedfactory_ray.errors import PartitionError, ResourcesError
+from fedfactory_ray.federation import absence
 from fedfactory_ray.resources import WorkerResources
+from fedfactory_ray.session import find_refusal
 from fedfactory_ray.storage import Storage
 from fedfactory_ray.survey import held_elsewhere
 
@@ -124,6 +127,26 @@ def rounds_of_alone(federation: Federation) -> dict[str, str]:
     return {alone.client: alone.sha256 for alone in fitted}
 
 
+def test_a_silo_that_stays_away_ends_the_method(
+    cluster: None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedfactory_ray.baselines.alone import fit_alone
+
+    monkeypatch.setattr(absence, "AWAY_SECONDS", 1.0)
+    silos = [{"name": "moon", "source": "a.npz", "labels": {"site": "moon"}}]
+    natural = {"partition": {"scheme": "natural", "silos": silos}}
+    settings = Config.model_validate(config(data).model_dump(mode="json") | natural)
+    partition = Partition(3, {"moon": {0: np.arange(20)}})
+    with Federation(settings, partition, TASK, Worker(1.0, 0.0, 1, 1), Storage(str(tmp_path))) as federation:
+        for start in (
+            lambda: federation.run("fedavg", METHODS["fedavg"](settings.federated), stop_at(0, [])),
+            lambda: fit_alone(federation, lambda done: None),
+        ):
+            with pytest.raises(ActorUnschedulableError, match="no node may read the silo of moon") as caught:
+                start()
+            assert isinstance(find_refusal(caught.value), ResourcesError)
+
+
 # With references that are values
 
 
@@ -157,12 +180,16 @@ class Here:
         return SimpleNamespace(**{name: Called(getattr(actor, name)) for name in public}, id=id(actor))
 
 
+def all_ready(found: list[Any], num_returns: int, **_: Any) -> tuple[list[Any], list[Any]]:
+    return found[:num_returns], found[num_returns:]
+
+
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     threads = torch.get_num_threads()
     monkeypatch.setattr(rounds, "FederatedClient", Here(actors.FederatedClient))
     monkeypatch.setattr(rounds, "Server", Here(actors.Server))
-    monkeypatch.setattr(rounds, "ray", SimpleNamespace(get=lambda found: found))
+    monkeypatch.setattr(rounds, "ray", SimpleNamespace(get=lambda found: found, wait=all_ready))
     monkeypatch.setattr(actors.ray, "get_gpu_ids", list)
     yield
     torch.use_deterministic_algorithms(False)

@@ -13,7 +13,7 @@ from ray.exceptions import ActorUnschedulableError, RayError
 from fedfactory_ray.cluster import Worker
 from fedfactory_ray.config import Config
 from fedfactory_ray.errors import ResourcesError
-from fedfactory_ray.federation import slots
+from fedfactory_ray.federation import absence, slots
 from fedfactory_ray.federation.ensemble import reason
 from fedfactory_ray.session import find_refusal
 from fedfactory_ray.storage import Storage
@@ -32,7 +32,7 @@ def test_a_silo_whose_nodes_stay_away_is_given_up_and_the_others_are_served(
     silos = [{"name": "gone", "source": "a.npz", "labels": {"site": "moon"}}, {"name": "here", "source": "b.npz"}]
     config = Config.model_validate({"partition": {"scheme": "natural", "silos": silos}})
     monkeypatch.setattr(slots, "ClientActor", ray.remote(Talker))
-    monkeypatch.setattr(slots, "AWAY_SECONDS", 1.0)
+    monkeypatch.setattr(absence, "AWAY_SECONDS", 1.0)
     heard: list[str] = []
     failed: list[tuple[str, RayError, int]] = []
 
@@ -53,26 +53,26 @@ def test_a_silo_whose_nodes_stay_away_is_given_up_and_the_others_are_served(
     assert isinstance(find_refusal(error), ResourcesError)  # what a run that cannot do without it says
 
 
-def test_a_silo_that_came_back_has_its_whole_time_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_silo_that_came_back_has_its_whole_time_again(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, refused = [0.0], [True]
 
     def refuse(_: Any) -> None:
         if refused[0]:
             raise ResourcesError("no node", "a node", "a node")
 
-    monkeypatch.setattr(slots, "refuse_unknown_places", refuse)
-    monkeypatch.setattr(slots.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(absence, "refuse_unknown_places", refuse)
+    monkeypatch.setattr(absence.time, "monotonic", lambda: clock[0])
     silos = [{"name": "north", "source": "a.npz"}]
-    config = Config.model_validate({"partition": {"scheme": "natural", "silos": silos}})
-    actors = slots.Slots(config, Worker(1.0, 0.0, 1, 1), Storage(str(tmp_path)))
-    running: dict[Any, tuple[str, Any]] = {"stream": ("north", None)}
+    away = absence.Absence(Config.model_validate({"partition": {"scheme": "natural", "silos": silos}}))
 
     def gives_up(at: float, gone: bool) -> bool:
         clock[0], refused[0] = at, gone
-        return bool(actors._away(running))
+        return "north" in away.given_up(["north"])
 
     assert not gives_up(0, True)
-    assert not gives_up(slots.AWAY_SECONDS - 1, True)
-    assert not gives_up(slots.AWAY_SECONDS, False)
-    assert not gives_up(slots.AWAY_SECONDS + 60, True)
-    assert gives_up(2 * slots.AWAY_SECONDS + 60, True)
+    assert not gives_up(absence.AWAY_SECONDS - 1, True)
+    assert not gives_up(absence.AWAY_SECONDS, False)
+    assert not gives_up(absence.AWAY_SECONDS + 60, True)
+    assert gives_up(2 * absence.AWAY_SECONDS + 60, True)
+    away.heard("north")
+    assert not gives_up(2 * absence.AWAY_SECONDS + 61, True)

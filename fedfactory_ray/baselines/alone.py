@@ -50,7 +50,7 @@ def fit_alone(federation: Federation, listen: Callable[[int], None]) -> list[Alo
     ]
     while waiting:
         listen(len(done) - len(waiting))
-        (ready, *_), waiting = ray.wait(waiting)
+        (ready,), waiting = federation.wait(waiting, 1)
         fitted: Alone = ray.get(ready)
         done[fitted.client] = fitted
     return [fitted for fitted in done.values() if fitted is not None]

@@ -22,6 +22,7 @@ from fedfactory_ray.cluster import Worker, place, placement
 from fedfactory_ray.config import Config
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.errors import ConfigError, PartitionError
+from fedfactory_ray.federation import absence
 from fedfactory_ray.seeds import random_state
 from fedfactory_ray.storage import Storage
 
@@ -110,6 +111,7 @@ class Federation:
             actor = cast(Any, FederatedClient).options(**demands, **placement(config, clients[0]))
             self.slot |= dict.fromkeys(clients, actor.remote(config, task, worker.resources, shares))
         self.server = cast(Any, Server).remote(config, task)
+        self.absence = absence.Absence(config)
 
     def _deal(self, slots: int) -> list[list[str]]:
         """The clients of each slot: alike in images, or, of natural silos, those of one place."""
@@ -209,6 +211,7 @@ class Federation:
             *uploads,
         )
         judged = [self.slot[client].validate.remote(client, state.model) for client in self.partition.clients]
+        self.wait(judged, len(judged))
         trained: list[Trained] = ray.get(told)
         judgements: list[Judgement] = ray.get(judged)
         state.sizes = ray.get(sizes)
@@ -230,6 +233,16 @@ class Federation:
             state.chosen, state.best = number, state.model
         state.history.append(done)
         return done
+
+    def wait(self, replies: list[Any], n: int) -> tuple[list[Any], list[Any]]:
+        """Wait for `n` of `replies`; returns those that are there, and the others. Raises RayError when a natural silo
+        stays away: no round is whole without it."""
+        while True:
+            ready, others = ray.wait(replies, num_returns=n, timeout=absence.AWAY_SECONDS / 10, fetch_local=False)
+            if len(ready) == n:
+                return ready, others
+            for error in self.absence.given_up(self.partition.clients).values():
+                raise error
 
     def _save(self, folder: str, state: _State) -> None:
         """Write a checkpoint: messages and the clients' vectors first, what names them last."""

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any, cast
 
 import ray
-from ray.exceptions import ActorUnschedulableError, RayError
+from ray.exceptions import RayError
 
-from fedfactory_ray.cluster import Worker, place, placement, refuse_unknown_places
+from fedfactory_ray.cluster import Worker, place, placement
 from fedfactory_ray.config import Config
-from fedfactory_ray.errors import ResourcesError
+from fedfactory_ray.federation import absence
 from fedfactory_ray.federation.client import ClientActor
 from fedfactory_ray.storage import Storage
 
 ATTEMPTS = 3
-AWAY_SECONDS = 600.0
-"""A natural silo whose nodes are gone for so long, while nobody else has anything to tell, is given up; Ray itself
-would wait for ever."""
 
 
 class Slots:
@@ -28,7 +24,7 @@ class Slots:
         self.config, self.worker, self.storage = config, worker, storage
         self.idle: dict[str, list[Any]] = {}
         self.count = 0
-        self.away: dict[str, float] = {}
+        self.absence = absence.Absence(config)
         # Natural silos wait for their own nodes, so none may wait for another's slot.
         self.limit = len(config.partition.silos) or worker.slots
 
@@ -56,16 +52,17 @@ class Slots:
                         waiting.remove(client)
                         attempts[client] += 1
                         running[begin(actor, client)] = (client, actor)
-                ready, _ = ray.wait(list(running), num_returns=1, timeout=AWAY_SECONDS / 10, fetch_local=False)
+                ready, _ = ray.wait(list(running), num_returns=1, timeout=absence.AWAY_SECONDS / 10, fetch_local=False)
                 if not ready:
-                    for stream, error in self._away(running):
+                    away = self.absence.given_up(client for client, _ in running.values())
+                    for stream in [stream for stream, (client, _) in running.items() if client in away]:
                         client, actor = running.pop(stream)
                         self._stop(actor)
-                        fail(client, error, ATTEMPTS)
+                        fail(client, away[client], ATTEMPTS)
                     continue
                 (stream,) = ready
                 client, actor = running[stream]
-                self.away.pop(client, None)
+                self.absence.heard(client)
                 try:
                     hear(client, ray.get(next(stream)), stream)
                 except StopIteration:
@@ -92,20 +89,6 @@ class Slots:
         demands = {"num_cpus": self.worker.num_cpus, "num_gpus": self.worker.num_gpus}
         options = cast(Any, ClientActor).options(**demands, **placement(self.config, client))
         return options.remote(self.config, self.worker.resources, self.storage)
-
-    def _away(self, running: dict[Any, tuple[str, Any]]) -> list[tuple[Any, RayError]]:
-        """The streams whose clients' silos have had no node for too long, and why they cannot go on."""
-        found = []
-        for stream, (client, _) in running.items():
-            try:
-                refuse_unknown_places([silo for silo in self.config.partition.silos if silo.name == client])
-                self.away.pop(client, None)
-            except ResourcesError as refusal:
-                if time.monotonic() - self.away.setdefault(client, time.monotonic()) >= AWAY_SECONDS:
-                    error = ActorUnschedulableError(f"for {AWAY_SECONDS:g} s no node may read the silo of {client}")
-                    error.__cause__ = refusal
-                    found.append((stream, error))
-        return found
 
     def _stop(self, actor: Any) -> None:
         """End an actor, so that what it held goes to those that wait for room (a dead node's slot may never return)."""
