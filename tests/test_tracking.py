@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from fedfactory_ray import tracking
 from fedfactory_ray.classification.models import Task, make_classifier
 from fedfactory_ray.command_line import make_config
 from fedfactory_ray.experts import Ensemble
+from fedfactory_ray.federation.client import Progress
 from fedfactory_ray.served_classifier import BATCH_SIZE, _load_pyfunc
-from fedfactory_ray.tracking import start_run
+from fedfactory_ray.tracking import ClientRun, Run, start_run
 
 TASK = Task(3, 1, 8)
 
@@ -107,3 +109,20 @@ def test_curves_that_grow_wait_and_are_whole_at_the_end(tmp_path: Path, monkeypa
     broken.mended = True
     run.flush()
     assert logged() == [(1, 0.5), (2, 0.25), (3, 0.125)]
+
+
+def test_a_clients_curves_begin_before_the_jobs_run_does(tmp_path: Path) -> None:
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    starting: Future[Run] = Future()
+    client_run = ClientRun(starting, "client-000")
+    client_run.progress(Progress("client-000", 1, 10, 40, 0.5))
+    assert "run" not in vars(client_run)  # nobody waits for MLflow while it starts
+    starting.set_result(start_run(make_config(overrides=["--tracking.uri", store]), "job", "here"))
+    client_run.progress(Progress("client-000", 1, 20, 40, 0.25))
+    client_run.finish([], None)
+    client = mlflow.MlflowClient(store)
+    points = client.get_metric_history(client_run.run.id, "loss_class_1")
+    assert [(point.step, point.value) for point in points] == [(10, 0.5), (20, 0.25)]
+    found = client.get_run(client_run.run.id)
+    assert found.info.status == "FINISHED"
+    assert found.data.tags["mlflow.parentRunId"] == starting.result().id
