@@ -20,7 +20,7 @@ from fedfactory_ray.errors import ConfigError, FedFactoryError
 from fedfactory_ray.presets import PRESETS
 
 LOG_WIDTH = 140
-"""Columns of a log; rich would fold tables to 80."""
+"""Columns of a log, unless $COLUMNS tells; rich would fold tables to 80."""
 
 
 def make_config(preset: str = "digits", file: str | None = None, overrides: Sequence[str] = ()) -> Config:
@@ -103,9 +103,9 @@ def parse(
 
 
 def job_console() -> Console:
-    """Where a job prints: as wide as its tables where no terminal sets the width, such as in a submitted job's log."""
+    """Where a job prints: wide enough for its tables where that is no terminal, such as in a submitted job's log."""
     console = Console()
-    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=LOG_WIDTH)
+    return console if console.file.isatty() or "COLUMNS" in os.environ else Console(width=LOG_WIDTH)
 
 
 def exit_status(job: Callable[[], None]) -> int:

@@ -162,6 +162,7 @@ class ClientRun:
         """The client's own run, once the job's has started; it takes what came before."""
         run = self.parent.result().child(self.client)
         run.grow(self.early)
+        self.early = []
         return run
 
     def progress(self, event: Any) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -12,7 +13,6 @@ import pytest
 import ray
 import torch
 from conftest import write_npz
-from ray.exceptions import ActorUnschedulableError
 
 from fedfactory_ray.baselines import client as actors
 from fedfactory_ray.baselines import rounds
@@ -27,7 +27,6 @@ from fedfactory_ray.data.partition import Partition, make_partition
 from fedfactory_ray.errors import PartitionError, ResourcesError
 from fedfactory_ray.federation import absence
 from fedfactory_ray.resources import WorkerResources
-from fedfactory_ray.session import find_refusal
 from fedfactory_ray.storage import Storage
 from fedfactory_ray.survey import held_elsewhere
 
@@ -119,13 +118,60 @@ def rounds_of_alone(federation: Federation) -> dict[str, str]:
 
     told: list[int] = []
     fitted = fit_alone(federation, told.append)
-    assert told == [0, 1, 2, 3, 4]
+    assert told == [1, 2, 3, 4, 5]
     assert fit_alone(federation, told.append) == fitted
     assert len(told) == len(COUNTS)
     return {alone.client: alone.sha256 for alone in fitted}
 
 
-def test_a_silo_that_stays_away_ends_the_method(
+@pytest.fixture
+def waited(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
+    """Waits for a client of each named silo; of a silo that is `gone` there is no node."""
+
+    def wait(replies: dict[str, Any], gone: str = "moon") -> list[Any]:
+        monkeypatch.setattr(absence, "AWAY_SECONDS", 3.0)
+        silos = [
+            {"name": name, "source": "a.npz", "labels": {"site": name} if name == gone else {}} for name in replies
+        ]
+        natural = Config.model_validate({"partition": {"scheme": "natural", "silos": silos}})
+        federation = object.__new__(Federation)
+        federation.config = natural
+        return list(federation.replies({reply: name for name, reply in replies.items()}))
+
+    return wait
+
+
+@ray.remote(num_cpus=0)
+def says(what: Any, after: float = 0.0) -> Any:
+    time.sleep(after)
+    if isinstance(what, Exception):
+        raise what
+    return what
+
+
+@ray.remote(num_cpus=0)
+class Somewhere:
+    def says(self, what: Any) -> Any:
+        return what
+
+
+def test_a_silo_that_stays_away_is_given_up_and_one_that_replied_may_go(cluster: None, waited: Any) -> None:
+    at_moon = Somewhere.options(label_selector={"site": "moon"}).remote()  # type: ignore[attr-defined]
+    with pytest.raises(ResourcesError, match="silo of client 'moon'"):
+        waited({"earth": says.remote(1), "moon": at_moon.says.remote(2)})
+    assert waited({"earth": says.remote(1, after=5.0), "moon": says.remote(2)}) == [2, 1]
+    ray.kill(at_moon)
+
+
+def test_what_a_client_refuses_is_told_while_others_are_at_work_or_away(cluster: None, waited: Any) -> None:
+    at_moon = Somewhere.options(label_selector={"site": "moon"}).remote()  # type: ignore[attr-defined]
+    replies = {"earth": says.remote(OSError("no such file")), "moon": at_moon.says.remote(2)}
+    with pytest.raises(OSError, match="no such file"):
+        waited(replies)
+    ray.kill(at_moon)
+
+
+def test_a_method_without_one_of_its_silos_ends(
     cluster: None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fedfactory_ray.baselines.alone import fit_alone
@@ -136,13 +182,10 @@ def test_a_silo_that_stays_away_ends_the_method(
     settings = Config.model_validate(config(data).model_dump(mode="json") | natural)
     partition = Partition(3, {"moon": {0: np.arange(20)}})
     with Federation(settings, partition, TASK, Worker(1.0, 0.0, 1, 1), Storage(str(tmp_path))) as federation:
-        for start in (
-            lambda: federation.run("fedavg", METHODS["fedavg"](settings.federated), stop_at(0, [])),
-            lambda: fit_alone(federation, lambda done: None),
-        ):
-            with pytest.raises(ActorUnschedulableError, match="no node may read the silo of moon") as caught:
-                start()
-            assert isinstance(find_refusal(caught.value), ResourcesError)
+        with pytest.raises(ResourcesError, match="silo of client 'moon'"):
+            federation.run("fedavg", METHODS["fedavg"](settings.federated), stop_at(0, []))
+        with pytest.raises(ResourcesError, match="silo of client 'moon'"):
+            fit_alone(federation, lambda done: None)
 
 
 # With references that are values

@@ -1,4 +1,4 @@
-"""The client's side of federated methods: what it holds back, its gradients, its passes, its vectors."""
+"""What federated methods learn with: images held back, gradients, passes, vectors, and how many steps."""
 
 from __future__ import annotations
 

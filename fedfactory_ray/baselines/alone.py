@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import ray
-
 from fedfactory_ray.baselines.centralised import baseline_steps, for_steps
 from fedfactory_ray.classification.card import verified_card
 from fedfactory_ray.storage import Storage
@@ -41,18 +39,16 @@ def fit_alone(federation: Federation, listen: Callable[[int], None]) -> list[Alo
     content = [partition.sha256, config.data.source, recipe, steps, every, config.seed]
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     done = {client: stored_alone(storage, client, fingerprint) for client in partition.clients}
-    waiting = [
+    asked = {
         federation.slot[client].fit_alone.remote(
             client, for_steps(config.classifier, federation.images[client], steps), storage, fingerprint
-        )
+        ): client
         for client, found in done.items()
         if found is None
-    ]
-    while waiting:
-        listen(len(done) - len(waiting))
-        (ready,), waiting = federation.wait(waiting, 1)
-        fitted: Alone = ray.get(ready)
+    }
+    for there, fitted in enumerate(federation.replies(asked), len(done) - len(asked) + 1):
         done[fitted.client] = fitted
+        listen(there)
     return [fitted for fitted in done.values() if fitted is not None]
 
 

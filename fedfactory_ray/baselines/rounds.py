@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, cast
 
@@ -27,6 +27,8 @@ from fedfactory_ray.seeds import random_state
 from fedfactory_ray.storage import Storage
 
 CHECKPOINT = ("model", "extras", "kept", "best")
+LOOK_SECONDS = 1.0
+"""How often it is looked whether a client's task failed, or its silo is away, while others are at work."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,6 @@ class Federation:
             actor = cast(Any, FederatedClient).options(**demands, **placement(config, clients[0]))
             self.slot |= dict.fromkeys(clients, actor.remote(config, task, worker.resources, shares))
         self.server = cast(Any, Server).remote(config, task)
-        self.absence = absence.Absence(config)
 
     def _deal(self, slots: int) -> list[list[str]]:
         """The clients of each slot: alike in images, or, of natural silos, those of one place."""
@@ -211,7 +212,8 @@ class Federation:
             *uploads,
         )
         judged = [self.slot[client].validate.remote(client, state.model) for client in self.partition.clients]
-        self.wait(judged, len(judged))
+        for _ in self.replies(dict(zip([*told, *judged], [*clients, *self.partition.clients], strict=True))):
+            pass  # none is whole without all
         trained: list[Trained] = ray.get(told)
         judgements: list[Judgement] = ray.get(judged)
         state.sizes = ray.get(sizes)
@@ -234,30 +236,32 @@ class Federation:
         state.history.append(done)
         return done
 
-    def wait(self, replies: list[Any], n: int) -> tuple[list[Any], list[Any]]:
-        """Wait for `n` of `replies`; returns those that are there, and the others. Raises RayError when a natural silo
-        stays away: no round is whole without it."""
-        while True:
-            ready, others = ray.wait(replies, num_returns=n, timeout=absence.AWAY_SECONDS / 10, fetch_local=False)
-            if len(ready) == n:
-                return ready, others
-            for error in self.absence.given_up(self.partition.clients).values():
-                raise error
+    def replies(self, asked: Mapping[Any, str]) -> Iterator[Any]:
+        """The values of the references `asked`, as they come; each is given by a client.
+
+        Raises what a client's task raised, or ResourcesError when the silo of one that has not replied stays away.
+        """
+        waiting, away = list(asked), absence.Absence(self.config)
+        while waiting:
+            ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_SECONDS, fetch_local=False)
+            yield from ray.get(ready)
+            for refusal in away.given_up(asked[reference] for reference in waiting).values():
+                raise refusal
 
     def _save(self, folder: str, state: _State) -> None:
         """Write a checkpoint: messages and the clients' vectors first, what names them last."""
         number = len(state.history)
         messages = [f"{folder}/round-{number:05d}/{name}.safetensors" for name in CHECKPOINT]
-        written = [
-            self.server.save.remote(self.storage, messages, state.model, state.extras, state.kept, state.best),
-            *(
-                self.slot[client].save_state.remote(
-                    self.storage, f"{folder}/round-{number:05d}/{client}.safetensors", vectors
-                )
-                for client, vectors in state.clients.items()
-            ),
-        ]
-        ray.get(written)
+        saved = self.server.save.remote(self.storage, messages, state.model, state.extras, state.kept, state.best)
+        written = {
+            self.slot[client].save_state.remote(
+                self.storage, f"{folder}/round-{number:05d}/{client}.safetensors", vectors
+            ): client
+            for client, vectors in state.clients.items()
+        }
+        for _ in self.replies(written):
+            pass
+        ray.get(saved)
         older = self.storage.read_json(f"{folder}/progress.json") if self._progress(folder) else None
         progress = {
             "sizes": asdict(state.sizes),

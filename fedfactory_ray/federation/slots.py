@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnschedulableError, RayError
 
 from fedfactory_ray.cluster import Worker, place, placement
 from fedfactory_ray.config import Config
@@ -58,7 +58,10 @@ class Slots:
                     for stream in [stream for stream, (client, _) in running.items() if client in away]:
                         client, actor = running.pop(stream)
                         self._stop(actor)
-                        fail(client, away[client], ATTEMPTS)
+                        seconds = absence.AWAY_SECONDS
+                        error = ActorUnschedulableError(f"for {seconds:g} s no node may read the silo of {client}")
+                        error.__cause__ = away[client]
+                        fail(client, error, ATTEMPTS)
                     continue
                 (stream,) = ready
                 client, actor = running[stream]
