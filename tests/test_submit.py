@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import mlflow
+import psutil
 import pytest
 import yaml
 from small_runs import ROOT, SMALL
@@ -63,7 +64,9 @@ def head(tmp_path: Path, bucket: str) -> Iterator[tuple[dict[str, str], Path]]:
             time.sleep(0.1)
         yield environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}, temporary / "session_latest"
     finally:
-        process.terminate()
+        head = psutil.Process(process.pid)
+        for each in [*head.children(recursive=True), head]:
+            each.kill()  # asked to stop, `ray start --block` takes half a minute
         process.communicate(timeout=120)
         shutil.rmtree(temporary, ignore_errors=True)
 
