@@ -301,7 +301,7 @@ class FederatedConfig(Section):
     """`fedavg`: learning rate of the clients' SGD."""
     fedprox_lr: float = Field(0.1, gt=0)
     """`fedprox`: learning rate of the clients' SGD."""
-    scaffold_lr: float = Field(0.2, gt=0)
+    scaffold_lr: float = Field(0.1, gt=0)
     """`scaffold`: learning rate of the clients' SGD."""
     feddyn_lr: float = Field(0.03, gt=0)
     """`feddyn`: learning rate of the clients' SGD."""
