@@ -125,17 +125,15 @@ def rounds_of_alone(federation: Federation) -> dict[str, str]:
 
 
 @pytest.fixture
-def waited(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Any]]:
-    """Waits for a client of each named silo; of a silo that is `gone` there is no node."""
+def waited(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], list[Any]]:
+    """Waits for a reply of each named silo; there is no node for the silo "moon"."""
 
-    def wait(replies: dict[str, Any], gone: str = "moon") -> list[Any]:
+    def wait(replies: dict[str, Any]) -> list[Any]:
         monkeypatch.setattr(absence, "AWAY_SECONDS", 3.0)
-        silos = [
-            {"name": name, "source": "a.npz", "labels": {"site": name} if name == gone else {}} for name in replies
-        ]
-        natural = Config.model_validate({"partition": {"scheme": "natural", "silos": silos}})
+        labels = {"moon": {"site": "moon"}}
+        silos = [{"name": name, "source": "a.npz", "labels": labels.get(name, {})} for name in replies]
         federation = object.__new__(Federation)
-        federation.config = natural
+        federation.config = Config.model_validate({"partition": {"scheme": "natural", "silos": silos}})
         return list(federation.replies({reply: name for name, reply in replies.items()}))
 
     return wait

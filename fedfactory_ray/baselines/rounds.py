@@ -212,8 +212,9 @@ class Federation:
             *uploads,
         )
         judged = [self.slot[client].validate.remote(client, state.model) for client in self.partition.clients]
-        for _ in self.replies(dict(zip([*told, *judged], [*clients, *self.partition.clients], strict=True))):
-            pass  # none is whole without all
+        asked = dict(zip([*told, *judged], [*clients, *self.partition.clients], strict=True))
+        for _ in self.replies(asked):
+            pass  # until everybody has replied, or somebody cannot
         trained: list[Trained] = ray.get(told)
         judgements: list[Judgement] = ray.get(judged)
         state.sizes = ray.get(sizes)
