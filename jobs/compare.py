@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from fedfactory_ray.command_line import exit_status, job_console, parse
+from fedfactory_ray.settings.command_line import exit_status, job_console, parse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,9 +25,10 @@ def main() -> None:
     description = "Compare methods on one partition and with one recipe; what is done is not done again."
     config, chosen = parse(description=description, add_arguments=add_arguments)
     # Heavy imports only once the configuration stands.
-    from fedfactory_ray import tracking
     from fedfactory_ray.comparison.compare import compare, method_names
-    from fedfactory_ray.comparison.report import PLOT, comparison_table
+    from fedfactory_ray.comparison.report import comparison_table
+    from fedfactory_ray.storage.layout import PLOT
+    from fedfactory_ray.tracking import runs as tracking
 
     console = job_console()
     found = compare(config, chosen.methods or method_names(), chosen.seeds, console)

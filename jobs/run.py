@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from fedfactory_ray.command_line import exit_status, job_console, parse
+from fedfactory_ray.settings.command_line import exit_status, job_console, parse
 
 
 def main() -> None:
@@ -13,8 +13,8 @@ def main() -> None:
         description="Federate generators, draw a balanced data set, fit one classifier or an expert a client."
     )
     # Heavy imports only once the configuration stands.
-    from fedfactory_ray import pipeline
-    from fedfactory_ray.report import report_table
+    from fedfactory_ray.pipeline import phases as pipeline
+    from fedfactory_ray.pipeline.report import report_table
 
     console = job_console()
     report = pipeline.run(config, console)

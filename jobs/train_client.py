@@ -16,12 +16,12 @@ import sys
 import numpy as np
 from rich.console import Console
 
-from fedfactory_ray.command_line import exit_status, job_console, parse
-from fedfactory_ray.config import Config
 from fedfactory_ray.errors import ConfigError, DataInvalidError
-from fedfactory_ray.progress import bars
-from fedfactory_ray.sections import NAME, PartitionConfig
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.settings.command_line import exit_status, job_console, parse
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.sections import NAME, PartitionConfig
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.tracking.progress import bars
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,12 +52,12 @@ def train(config: Config, options: argparse.Namespace, console: Console) -> None
     """Train what is not there yet. Raises FedFactoryError for what the user can mend."""
     import torch
 
+    from fedfactory_ray.cluster.devices import prepare_process
+    from fedfactory_ray.data.readers import open_source
     from fedfactory_ray.data.source import inspect
-    from fedfactory_ray.data.sources import open_source
-    from fedfactory_ray.devices import prepare_process
     from fedfactory_ray.federation.client import Progress, train_modules
     from fedfactory_ray.federation.round import stored_module
-    from fedfactory_ray.session import claim
+    from fedfactory_ray.pipeline.session import claim
 
     source = open_source(config.data, options.class_names)
     info, labels = inspect(source, trains=False, tests=False)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from fedfactory_ray.command_line import exit_status, job_console, parse
+from fedfactory_ray.settings.command_line import exit_status, job_console, parse
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     """Run the job."""
     config, chosen = parse(description=__doc__ or "", add_arguments=add_arguments)
     # Heavy imports only once the configuration stands.
-    from fedfactory_ray.tracking import tracking_uri
+    from fedfactory_ray.tracking.runs import tracking_uri
     from fedfactory_ray.tuning.report import study_table
     from fedfactory_ray.tuning.study import run_study
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from fedfactory_ray.command_line import exit_status, job_console, stored_config
+from fedfactory_ray.settings.command_line import exit_status, job_console, stored_config
+from fedfactory_ray.unlearning.report import certificate_table
 
 if TYPE_CHECKING:
-    from fedfactory_ray.unlearning.certificate import Certificate
+    pass
 
 SETTINGS = (
     "Other settings (--storage.uri, --tracking.uri, --resources.…) as for jobs/run.py; the rest is the run's own."
@@ -58,7 +59,7 @@ def forget(arguments: list[str]) -> None:
     """Fulfil a request."""
     options, overrides = make_parser().parse_known_args(arguments)
     config = stored_config(options.run, overrides)
-    from fedfactory_ray.storage import Storage
+    from fedfactory_ray.storage.files import Storage
     from fedfactory_ray.unlearning.forget import forget as fulfil
 
     console = job_console()
@@ -71,40 +72,10 @@ def forget(arguments: list[str]) -> None:
     console.print(f"check it     python jobs/unlearn.py verify {place}", soft_wrap=True, highlight=False)
 
 
-def certificate_table(certificate: Certificate) -> Table:
-    """What a person wants to know of a fulfilled request."""
-    from fedfactory_ray.unlearning.forget import held_recall
-
-    request, spent, share = certificate.request, certificate.cost["spent"], certificate.cost["share"]
-    method = certificate.after.main_method
-    table = Table(title=f"forgotten · {', '.join(request.exclude)}", title_justify="left", show_header=False)
-    table.add_row("run", f"{request.run} (deleted) → {request.successor}")
-    for kind, gone in certificate.deleted.items():
-        table.add_row(f"deleted {kind}", str(len(gone)))
-    table.add_row("kept", ", ".join(f"{n} {kind}" for kind, n in certificate.kept.items()), end_section=True)
-    for name in ("images_drawn", "network_evaluations", "fits", "seconds"):
-        part = f" ({share[name]:.1%} of the original run's)" if name in share else ""
-        table.add_row(name.replace("_", " "), f"{spent[name]:.0f}{part}")
-    if certificate.absent:
-        table.add_row("classes that nobody holds now", ", ".join(map(str, certificate.absent)))
-    for name, value in (
-        ("accuracy", [facts.scores[method]["accuracy"] for facts in (certificate.before, certificate.after)]),
-        ("mean recall", [f.scores[method]["balanced_accuracy"] for f in (certificate.before, certificate.after)]),
-        (
-            "mean recall, classes held",
-            [held_recall(f, method, certificate.absent) for f in (certificate.before, certificate.after)],
-        ),
-    ):
-        table.add_row(f"{name}, before → after", f"{value[0]:.4f} → {value[1]:.4f}")
-    exact = "; ".join(certificate.inexact) or "yes: equal to a run without them, bit for bit"
-    table.add_row("exact", f"not promised: {exact}" if certificate.inexact else exact)
-    return table
-
-
 def verify(arguments: list[str]) -> int:
     """Check a certificate; returns the exit status: 1 where a check fails."""
     options, overrides = make_verify_parser().parse_known_args(arguments)
-    from fedfactory_ray.storage import Storage
+    from fedfactory_ray.storage.files import Storage
 
     run = Storage(options.certificate).parent
     config = stored_config(run.name, ["--storage.uri", run.parent.uri, *overrides])

@@ -38,7 +38,7 @@ def cluster() -> Iterator[None]:
     """A local Ray of two CPUs."""
     import ray
 
-    from fedfactory_ray.cluster import connect
+    from fedfactory_ray.cluster.plan import connect
 
     os.environ.pop("RAY_ADDRESS", None)
     connect(num_cpus=2)

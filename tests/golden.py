@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fedfactory_ray import pipeline
-from fedfactory_ray.command_line import stored_config
+from fedfactory_ray.cluster.devices import environment
 from fedfactory_ray.comparison.compare import compare
-from fedfactory_ray.config import Config
-from fedfactory_ray.devices import environment
+from fedfactory_ray.pipeline import phases as pipeline
+from fedfactory_ray.settings.command_line import stored_config
+from fedfactory_ray.settings.config import Config
 from fedfactory_ray.unlearning.forget import forget
 
 FILE = Path(__file__).with_suffix(".json")

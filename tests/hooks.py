@@ -67,5 +67,5 @@ class AfterImport:
 
 def watch() -> None:
     """Watch sources and devices in this process."""
-    functions = {"fedfactory_ray.data.sources": watch_sources, "fedfactory_ray.devices": watch_devices}
+    functions = {"fedfactory_ray.data.readers": watch_sources, "fedfactory_ray.cluster.devices": watch_devices}
     sys.meta_path.insert(0, AfterImport(functions))  # type: ignore[arg-type]

@@ -16,12 +16,12 @@ import ray
 from small_runs import copy_job
 from test_pipeline import Finished, file_digests, run, small_config
 
-from fedfactory_ray.config import Config
-from fedfactory_ray.federation import ensemble, slots
-from fedfactory_ray.federation.round import ModuleHandle
-from fedfactory_ray.generation.card import ModuleCard
-from fedfactory_ray.resources import WorkerResources
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.cluster import slots
+from fedfactory_ray.federation import experts as ensemble
+from fedfactory_ray.generation.card import ModuleCard, ModuleHandle
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.places import WorkerResources
+from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.plan import Unit, make_units
 from fedfactory_ray.synthesis.synthesize import Synthesizer
 
@@ -57,7 +57,7 @@ def both(cluster: None, undisturbed_folder: Path, folder: Path, data: Path) -> B
     def forbidden(*_: Any) -> None:
         raise AssertionError("the driver opened the clients' images")
 
-    patch.setattr("fedfactory_ray.data.sources.ArrayFile._read", forbidden)
+    patch.setattr("fedfactory_ray.data.readers.ArrayFile._read", forbidden)
     try:
         return Both(
             centralised, run(small_config(folder, data, baselines=("none",), architecture="both"), folder), stamps
@@ -192,8 +192,8 @@ def frail_actor(folder: Path) -> Any:
 
     class Frail:
         def __init__(self, config: Config, resources: WorkerResources, storage: Storage) -> None:
-            from fedfactory_ray.data.sources import open_source
-            from fedfactory_ray.devices import assigned_device, prepare_process
+            from fedfactory_ray.cluster.devices import assigned_device, prepare_process
+            from fedfactory_ray.data.readers import open_source
 
             self.config, self.storage, self.source = config, storage, open_source(config.data)
             self.device = prepare_process(resources, assigned_device([]))
@@ -237,7 +237,7 @@ def test_a_missing_expert_is_named_and_the_others_are_multiplied(
 
 
 def test_no_expert_at_all_is_an_error(both: Both, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedfactory_ray.cluster import make_plan
+    from fedfactory_ray.cluster.plan import make_plan
     from fedfactory_ray.federation.expert import Assignment
 
     class Broken:

@@ -4,9 +4,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedfactory_ray.classification.augment import augment_batch
-from fedfactory_ray.classification.models import Predictor, Task, make_classifier
+from fedfactory_ray.classification.ensemble import Predictor
+from fedfactory_ray.classification.models import make_classifier
+from fedfactory_ray.data.source import Task
 from fedfactory_ray.data.transforms import to_tensor
-from fedfactory_ray.sections import ClassifierConfig
+from fedfactory_ray.settings.sections import ClassifierConfig
 
 ALL = {
     "flips": "dihedral",

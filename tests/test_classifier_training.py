@@ -13,12 +13,12 @@ import torch
 
 from fedfactory_ray.classification.batches import HeldBatches, keep_side
 from fedfactory_ray.classification.fitting import Epoch, Fit
-from fedfactory_ray.classification.models import Task
 from fedfactory_ray.classification.rows import Rows
 from fedfactory_ray.classification.training import Classifier, fit
-from fedfactory_ray.cluster import make_plan
-from fedfactory_ray.config import Config
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.cluster.plan import make_plan
+from fedfactory_ray.data.source import Task
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.shard import image_column
 
 TASK = Task(classes=3, channels=1, resolution=8)

@@ -120,7 +120,7 @@ def test_the_ray_job_of_the_readme_is_one() -> None:
 
 
 def test_the_ray_jobs_command_is_one_that_the_job_takes() -> None:
-    from fedfactory_ray.command_line import parse
+    from fedfactory_ray.settings.command_line import parse
 
     (text,) = re.findall(r"```yaml\n(apiVersion: ray\.io.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     program, script, *arguments = yaml.safe_load(text)["spec"]["entrypoint"].split()

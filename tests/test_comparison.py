@@ -13,13 +13,13 @@ from rich.console import Console
 
 from fedfactory_ray.baselines.methods import METHODS
 from fedfactory_ray.classification.evaluation import Difference, Interval
-from fedfactory_ray.command_line import job_console, make_config
 from fedfactory_ray.comparison.compare import compare, method_names
 from fedfactory_ray.comparison.report import LONE, Comparison, Line, comparison_table, over_seeds
-from fedfactory_ray.config import Config
 from fedfactory_ray.errors import ConfigError
-from fedfactory_ray.plots import comparison_plot
-from fedfactory_ray.session import run_name
+from fedfactory_ray.pipeline.session import run_name
+from fedfactory_ray.settings.command_line import job_console, make_config
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.tracking.plots import comparison_plot
 
 
 def scores(accuracy: float) -> dict[str, float]:

@@ -7,10 +7,10 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from fedfactory_ray.command_line import make_config
-from fedfactory_ray.config import Config, flatten
 from fedfactory_ray.errors import ConfigError
-from fedfactory_ray.presets import PRESETS
+from fedfactory_ray.settings.command_line import make_config
+from fedfactory_ray.settings.config import Config, flatten
+from fedfactory_ray.settings.presets import PRESETS
 
 RUN = Path(__file__).parents[1] / "jobs" / "run.py"
 

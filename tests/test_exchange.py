@@ -18,9 +18,9 @@ from fedfactory_ray.federation.exchange import import_modules, read_cards
 from fedfactory_ray.generation import module
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.generation.unet import Denoiser
-from fedfactory_ray.sections import GeneratorConfig
-from fedfactory_ray.session import find_refusal
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.pipeline.session import find_refusal
+from fedfactory_ray.settings.sections import GeneratorConfig
+from fedfactory_ray.storage.files import Storage
 
 INFO = DataInfo(["a", "b"], 8, 1, {})
 GENERATOR = GeneratorConfig(channels=(8,))

@@ -12,10 +12,8 @@ from conftest import write_npz
 
 from fedfactory_ray.classification.batches import BalancedBatches, Group
 from fedfactory_ray.classification.fitting import Epoch
-from fedfactory_ray.classification.models import Task
-from fedfactory_ray.config import Config
-from fedfactory_ray.data.source import Source
-from fedfactory_ray.data.sources import open_source
+from fedfactory_ray.data.readers import open_source
+from fedfactory_ray.data.source import Source, Task
 from fedfactory_ray.federation.expert import (
     Assignment,
     Expert,
@@ -27,11 +25,11 @@ from fedfactory_ray.federation.expert import (
     stored_expert,
 )
 from fedfactory_ray.generation.card import ModuleCard
-from fedfactory_ray.sections import GeneratorConfig
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.sections import GeneratorConfig
+from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.plan import make_units
-from fedfactory_ray.synthesis.shard import write_shard
-from fedfactory_ray.synthesis.synthesize import Shard
+from fedfactory_ray.synthesis.shard import Shard, write_shard
 
 TASK = Task(classes=3, channels=1, resolution=8)
 QUOTA = 40

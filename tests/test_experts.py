@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from fedfactory_ray.classification.ensemble import Ensemble, Predictor, mixture, product
 from fedfactory_ray.classification.evaluation import Interval, paired_difference
-from fedfactory_ray.classification.models import Predictor, Task, make_classifier
+from fedfactory_ray.classification.models import make_classifier
 from fedfactory_ray.classification.prediction import compare
-from fedfactory_ray.experts import Ensemble, mixture, product
+from fedfactory_ray.data.source import Task
 
 CASES = given(st.integers(1, 6), st.integers(1, 8), st.integers(2, 7), st.integers(0, 10_000))
 

@@ -17,7 +17,7 @@ from fedfactory_ray.baselines.feddyn import FedDyn
 from fedfactory_ray.baselines.fedprox import FedProx
 from fedfactory_ray.baselines.interface import Method, Update, train_locally, weighted_mean, weighted_sum
 from fedfactory_ray.baselines.scaffold import Scaffold
-from fedfactory_ray.sections import FederatedConfig
+from fedfactory_ray.settings.sections import FederatedConfig
 
 STEPS, RATE = 10, 0.05
 

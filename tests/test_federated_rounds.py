@@ -20,15 +20,15 @@ from fedfactory_ray.baselines.fedavg import FedAvg
 from fedfactory_ray.baselines.learner import Learner, unpack
 from fedfactory_ray.baselines.methods import METHODS, SHARED
 from fedfactory_ray.baselines.rounds import Federation, Round
-from fedfactory_ray.classification.models import Task, make_classifier
-from fedfactory_ray.cluster import Worker
-from fedfactory_ray.config import Config
-from fedfactory_ray.data.partition import Partition, make_partition
+from fedfactory_ray.classification.models import make_classifier
+from fedfactory_ray.cluster import absence
+from fedfactory_ray.cluster.plan import Worker
+from fedfactory_ray.data.partition import Partition, held_elsewhere, make_partition
+from fedfactory_ray.data.source import Task
 from fedfactory_ray.errors import PartitionError, ResourcesError
-from fedfactory_ray.federation import absence
-from fedfactory_ray.resources import WorkerResources
-from fedfactory_ray.storage import Storage
-from fedfactory_ray.survey import held_elsewhere
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.places import WorkerResources
+from fedfactory_ray.storage.files import Storage
 
 TASK = Task(classes=3, channels=1, resolution=8)
 COUNTS = ((12, 12, 0), (0, 20, 11), (15, 0, 0), (4, 3, 5), (0, 0, 20))
@@ -88,7 +88,7 @@ def test_weights_depend_neither_on_the_number_of_actors_nor_on_deaths_and_breaks
     def forbidden(*_: Any) -> None:
         raise AssertionError("the driver opened the clients' images")
 
-    monkeypatch.setattr("fedfactory_ray.data.sources.ArrayFile._read", forbidden)
+    monkeypatch.setattr("fedfactory_ray.data.readers.ArrayFile._read", forbidden)
     found: dict[int, dict[str, Any]] = {1: {}, 2: {}}
     for slots in (2, 1):
         storage = Storage(str(tmp_path / str(slots)))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from fedfactory_ray.data.sources import open_source
+from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.data.transforms import to_tensor
 from fedfactory_ray.generation.edm import SIGMA_DATA, sample_sigma
 from fedfactory_ray.generation.module import pack
@@ -17,7 +17,7 @@ from fedfactory_ray.generation.sampling import draw_images, image_noise
 from fedfactory_ray.generation.training import TrainingStep, ema_average, make_accelerator, train_denoiser
 from fedfactory_ray.generation.unet import Denoiser
 from fedfactory_ray.schedule import warmup_cosine
-from fedfactory_ray.sections import DataConfig, GeneratorConfig, SamplerConfig
+from fedfactory_ray.settings.sections import DataConfig, GeneratorConfig, SamplerConfig
 
 CPU = torch.device("cpu")
 TINY = {"channels": (8, 16), "min_steps": 30, "max_steps": 30, "batch_size": 16}

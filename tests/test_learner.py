@@ -12,10 +12,11 @@ from fedfactory_ray.baselines import client as actors
 from fedfactory_ray.baselines.centralised import baseline_steps, for_steps, reference_config
 from fedfactory_ray.baselines.fedavg import FedAvg
 from fedfactory_ray.baselines.learner import Images, Learner, held_back, pack, unpack
-from fedfactory_ray.classification.models import Task, make_classifier
-from fedfactory_ray.config import Config
+from fedfactory_ray.classification.models import make_classifier
 from fedfactory_ray.data.partition import Partition
+from fedfactory_ray.data.source import Task
 from fedfactory_ray.data.transforms import to_tensor
+from fedfactory_ray.settings.config import Config
 
 TASK = Task(classes=3, channels=1, resolution=8)
 

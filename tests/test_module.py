@@ -15,7 +15,7 @@ from fedfactory_ray.errors import ModuleRefusedError
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.generation.module import digest, load_weights, make_denoiser, pack
 from fedfactory_ray.generation.unet import Denoiser
-from fedfactory_ray.sections import GeneratorConfig
+from fedfactory_ray.settings.sections import GeneratorConfig
 
 CONFIG = GeneratorConfig(channels=(8, 16), prediction="gaussian", components=6)
 

@@ -16,15 +16,15 @@ from conftest import write_npz
 from rich.console import Console
 from small_runs import SMALL, digests
 
-from fedfactory_ray import pipeline
-from fedfactory_ray.command_line import make_config
-from fedfactory_ray.config import Config
+from fedfactory_ray.cluster import slots as federation_slots
 from fedfactory_ray.errors import ConfigError, DataInvalidError, RunConflictError
 from fedfactory_ray.federation import round as federation_round
-from fedfactory_ray.federation import slots as federation_slots
-from fedfactory_ray.report import Report, report_table
-from fedfactory_ray.session import run_name
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.pipeline import phases as pipeline
+from fedfactory_ray.pipeline.report import Report, report_table
+from fedfactory_ray.pipeline.session import run_name
+from fedfactory_ray.settings.command_line import make_config
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.files import Storage
 
 
 def small_config(folder: Path, data: Path, **changes: Any) -> Config:
@@ -69,7 +69,7 @@ def finished(cluster: None, folder: Path, data: Path) -> Finished:
     def forbidden(*_: Any) -> None:
         raise AssertionError("the driver opened the clients' images")
 
-    patch.setattr("fedfactory_ray.data.sources.ArrayFile._read", forbidden)
+    patch.setattr("fedfactory_ray.data.readers.ArrayFile._read", forbidden)
     try:
         resources = SMALL["resources"] | {"max_actors": 2}
         return run(small_config(folder, data, baselines=("centralised",), resources=resources), folder)
@@ -210,9 +210,10 @@ def test_units_drawn_in_another_order_by_one_process_have_the_same_rows(finished
 
     from fedfactory_ray.federation.round import stored_modules
     from fedfactory_ray.generation.sampling import draw_images
+    from fedfactory_ray.storage.layout import MANIFEST
     from fedfactory_ray.synthesis.plan import make_units
     from fedfactory_ray.synthesis.shard import rows_digest
-    from fedfactory_ray.synthesis.synthesize import MANIFEST, Synthesizer
+    from fedfactory_ray.synthesis.synthesize import Synthesizer
 
     config, storage = finished.config, Storage(str(finished.folder))
     table = pq.read_table(finished.folder / "partition.parquet").to_pandas()
@@ -236,7 +237,7 @@ def test_units_drawn_in_another_order_by_one_process_have_the_same_rows(finished
 
 
 def test_a_hundred_clients_share_two_slots(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedfactory_ray.cluster import make_plan
+    from fedfactory_ray.cluster.plan import make_plan
     from fedfactory_ray.data.partition import make_partition
     from fedfactory_ray.federation.client import ClientActor
 
@@ -305,7 +306,7 @@ def test_the_comparison_goes_on_from_the_runs_folder(finished: Finished, folder:
     """Last of the tests on this run: it adds to the run's folder and to the store."""
     from fedfactory_ray.comparison.compare import compare
     from fedfactory_ray.comparison.report import BEST, ENSEMBLE, LONE, MEAN
-    from fedfactory_ray.sections import FederatedConfig
+    from fedfactory_ray.settings.sections import FederatedConfig
 
     federated = FederatedConfig(rounds=2, local_epochs=1, validation_every=5)
     config = finished.config.model_copy(update={"federated": federated})

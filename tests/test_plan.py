@@ -6,10 +6,10 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from fedfactory_ray.config import Config
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.settings.config import Config
 from fedfactory_ray.synthesis.plan import Unit, check_validation, make_units, quotas
 
 holdings = st.dictionaries(

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from fedfactory_ray.classification.models import Task, make_classifier
-from fedfactory_ray.command_line import make_config
-from fedfactory_ray.config import Config
+from fedfactory_ray.classification.models import make_classifier
+from fedfactory_ray.data.source import Task
 from fedfactory_ray.generation.unet import AUGMENTATIONS, Denoiser
-from fedfactory_ray.presets import NOT_RUN, PRESETS
+from fedfactory_ray.settings.command_line import make_config
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.presets import NOT_RUN, PRESETS
 
 GPU_PRESETS = [name for name, preset in PRESETS.items() if NOT_RUN in preset.description]
 CHANNELS = {"retinamnist": 3, "bloodmnist": 3, "pathmnist": 3, "cifar10": 3, "isic2019": 3}

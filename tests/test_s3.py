@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.storage.files import Storage
 
 
 def test_files_appear_whole_and_go_again(bucket: str) -> None:

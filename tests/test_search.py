@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedfactory_ray.command_line import make_config
 from fedfactory_ray.errors import ConfigError
+from fedfactory_ray.settings.command_line import make_config
 from fedfactory_ray.tuning.search import Dimension, configured, draw_settings, overrides, parse_search
 from fedfactory_ray.tuning.study import make_trials
 

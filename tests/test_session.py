@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedfactory_ray import session as sessions
-from fedfactory_ray.command_line import make_config
-from fedfactory_ray.session import Session
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.pipeline import session as sessions
+from fedfactory_ray.pipeline.session import Session
+from fedfactory_ray.settings.command_line import make_config
+from fedfactory_ray.storage.files import Storage
 
 
 def test_seconds_of_starts_that_broke_off_count_and_of_those_that_found_it_done_do_not(

@@ -9,16 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.plan import Unit
-from fedfactory_ray.synthesis.shard import (
-    ROWS_DIGEST,
-    images_of,
-    rows_digest,
-    to_table,
-    verified_digest,
-    write_shard,
-)
+from fedfactory_ray.synthesis.shard import ROWS_DIGEST, images_of, rows_digest, to_table, verified_digest, write_shard
 
 UNIT = Unit("client-002", 4, 1, 12, 99, "f00d" * 16)
 

@@ -10,13 +10,13 @@ import pytest
 import ray
 from ray.exceptions import ActorUnschedulableError, RayError
 
-from fedfactory_ray.cluster import Worker
-from fedfactory_ray.config import Config
+from fedfactory_ray.cluster import absence, slots
+from fedfactory_ray.cluster.plan import Worker
 from fedfactory_ray.errors import ResourcesError
-from fedfactory_ray.federation import absence, slots
-from fedfactory_ray.federation.ensemble import reason
-from fedfactory_ray.session import find_refusal
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.federation.experts import reason
+from fedfactory_ray.pipeline.session import find_refusal
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.files import Storage
 
 
 def test_a_silo_whose_nodes_stay_away_is_given_up_and_the_others_are_served(

@@ -11,11 +11,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from fedfactory_ray.data.readers import ArrayFile, open_source
 from fedfactory_ray.data.source import Source, inspect
-from fedfactory_ray.data.sources import ArrayFile, open_source
 from fedfactory_ray.data.transforms import resize_batch
 from fedfactory_ray.errors import DataInvalidError, DataMissingError
-from fedfactory_ray.sections import DataConfig
+from fedfactory_ray.settings.sections import DataConfig
 
 SPLITS = ("train", "val", "test")
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.storage.files import Storage
 
 
 @pytest.fixture

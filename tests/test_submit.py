@@ -19,7 +19,7 @@ import pytest
 import yaml
 from small_runs import ROOT, SMALL
 
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.storage.files import Storage
 
 BIN = Path(sys.executable).parent
 MAX_UPLOAD = 2**20

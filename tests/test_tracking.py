@@ -14,13 +14,14 @@ import pytest
 import torch
 from torch import nn
 
-from fedfactory_ray import tracking
-from fedfactory_ray.classification.models import Task, make_classifier
-from fedfactory_ray.command_line import make_config
-from fedfactory_ray.experts import Ensemble
+from fedfactory_ray.classification.ensemble import Ensemble
+from fedfactory_ray.classification.models import make_classifier
+from fedfactory_ray.data.source import Task
 from fedfactory_ray.federation.client import Progress
-from fedfactory_ray.served_classifier import BATCH_SIZE, _load_pyfunc
-from fedfactory_ray.tracking import ClientRun, Run, start_run
+from fedfactory_ray.settings.command_line import make_config
+from fedfactory_ray.tracking import runs as tracking
+from fedfactory_ray.tracking.runs import ClientRun, Run, start_run
+from fedfactory_ray.tracking.served_classifier import BATCH_SIZE, _load_pyfunc
 
 TASK = Task(3, 1, 8)
 

@@ -11,7 +11,7 @@ import torch
 from fedfactory_ray.generation import module
 from fedfactory_ray.generation.training import Training, train_denoiser
 from fedfactory_ray.generation.unet import Denoiser
-from fedfactory_ray.sections import GeneratorConfig
+from fedfactory_ray.settings.sections import GeneratorConfig
 
 CPU = torch.device("cpu")
 CONFIG = GeneratorConfig(

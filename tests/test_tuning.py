@@ -22,15 +22,14 @@ from ray import tune
 from rich.console import Console
 from small_runs import ROOT, SMALL, wait_for
 
-from fedfactory_ray.command_line import make_config
-from fedfactory_ray.config import Config
-from fedfactory_ray.data.sources import open_source
+from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.errors import DataInvalidError, ResourcesError
 from fedfactory_ray.generation.card import ModuleCard
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.settings.command_line import make_config
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.plan import make_units
-from fedfactory_ray.synthesis.shard import write_shard
-from fedfactory_ray.synthesis.synthesize import Shard
+from fedfactory_ray.synthesis.shard import Shard, write_shard
 from fedfactory_ray.tuning.drawn import Drawn, digest, settings_of_images, settings_of_modules
 from fedfactory_ray.tuning.record import Record, Report, read_record
 from fedfactory_ray.tuning.report import Line, Study, study_table

@@ -2,9 +2,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from fedfactory_ray.data.transforms import augment
 from fedfactory_ray.generation.edm import SIGMA_DATA, c_in, c_noise, expand
-from fedfactory_ray.generation.unet import AUGMENTATIONS, TIME_SCALE, Denoiser, augment
-from fedfactory_ray.sections import GeneratorConfig
+from fedfactory_ray.generation.unet import AUGMENTATIONS, TIME_SCALE, Denoiser
+from fedfactory_ray.settings.sections import GeneratorConfig
 
 SIGMAS = torch.tensor([0.01, 0.5, 20.0])
 

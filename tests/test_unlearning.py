@@ -19,18 +19,19 @@ from rich.console import Console
 from small_runs import SMALL, copy_job
 from test_pipeline import small_config
 
-from fedfactory_ray import pipeline
-from fedfactory_ray.command_line import stored_config
-from fedfactory_ray.config import Config
 from fedfactory_ray.errors import ForgottenError, RunConflictError, UnlearningError
-from fedfactory_ray.sections import TrackingConfig
-from fedfactory_ray.session import FORGETTING, FORGOTTEN, open_session
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.pipeline import phases as pipeline
+from fedfactory_ray.pipeline.session import open_session
+from fedfactory_ray.settings.command_line import stored_config
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.places import TrackingConfig
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import CERTIFICATE, FORGETTING, FORGOTTEN, PENDING
 from fedfactory_ray.unlearning import forget as forgetting
 from fedfactory_ray.unlearning.certificate import Certificate, audit_lines
-from fedfactory_ray.unlearning.deletion import CERTIFICATE, PENDING
 from fedfactory_ray.unlearning.facts import Facts, read_facts
-from fedfactory_ray.unlearning.forget import forget, held_recall, recalls
+from fedfactory_ray.unlearning.forget import forget
+from fedfactory_ray.unlearning.report import held_recall, recalls
 from fedfactory_ray.unlearning.request import Request
 from fedfactory_ray.unlearning.verification import differences, left_in_new, verify
 

@@ -14,7 +14,7 @@ import yaml
 from small_runs import LONGEST, ROOT, SMALL, wait_for
 from test_nodes import nodes
 
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.unlearning.facts import read_facts
 
 DIGITS: dict[str, Any] = SMALL | {

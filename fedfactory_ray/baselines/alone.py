@@ -5,25 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedfactory_ray.baselines.centralised import baseline_steps, for_steps
+from fedfactory_ray.baselines.client import Alone
 from fedfactory_ray.classification.card import verified_card
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.storage.files import Storage
 
 if TYPE_CHECKING:
     from fedfactory_ray.baselines.rounds import Federation
-
-
-@dataclass(frozen=True)
-class Alone:
-    """A client's own classifier in storage."""
-
-    client: str
-    folder: str
-    sha256: str
-    epoch: int
 
 
 def fit_alone(federation: Federation, listen: Callable[[int], None]) -> list[Alone]:

@@ -11,10 +11,10 @@ import pyarrow as pa
 import ray
 
 from fedfactory_ray.classification.rows import Rows
-from fedfactory_ray.config import Config
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import DataInfo
-from fedfactory_ray.sections import ClassifierConfig
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.sections import ClassifierConfig
 
 BLOCK_BYTES = 64 * 2**20
 
@@ -52,7 +52,7 @@ def real_rows(config: Config, partition: Partition, info: DataInfo) -> Rows:
 
 def _read(config: Config, indices: np.ndarray, start: int = 0) -> pa.Table:
     """The images at `indices`, in places from `start`."""
-    from fedfactory_ray.data.sources import open_source
+    from fedfactory_ray.data.readers import open_source
     from fedfactory_ray.synthesis.shard import image_table
 
     source = open_source(config.data)

@@ -9,21 +9,19 @@ import ray
 import safetensors.torch
 import torch
 
-from fedfactory_ray.baselines.alone import Alone
 from fedfactory_ray.baselines.interface import Method, Update, train_locally, weighted_mean
 from fedfactory_ray.baselines.learner import Images, Judgement, Learner, held_back, pack, unpack
 from fedfactory_ray.classification.batches import HeldBatches
 from fedfactory_ray.classification.fitting import Fit
-from fedfactory_ray.classification.models import Task
-from fedfactory_ray.config import Config
-from fedfactory_ray.data.source import Source
-from fedfactory_ray.data.sources import open_source
-from fedfactory_ray.devices import assigned_device, prepare_process
-from fedfactory_ray.federation.client import own_indices
-from fedfactory_ray.resources import WorkerResources
-from fedfactory_ray.sections import ClassifierConfig
+from fedfactory_ray.cluster.devices import assigned_device, prepare_process
+from fedfactory_ray.data.partition import own_indices
+from fedfactory_ray.data.readers import open_source
+from fedfactory_ray.data.source import Source, Task
 from fedfactory_ray.seeds import derive_seed
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.places import WorkerResources
+from fedfactory_ray.settings.sections import ClassifierConfig
+from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.shard import image_table
 
 RESTARTS = 2
@@ -36,6 +34,16 @@ class Trained:
     images: int
     loss: float
     bytes_up: int
+
+
+@dataclass(frozen=True)
+class Alone:
+    """A client's own classifier in storage."""
+
+    client: str
+    folder: str
+    sha256: str
+    epoch: int
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from fedfactory_ray.baselines.interface import Gradient, Vectors
 from fedfactory_ray.classification.augment import augment_batch
-from fedfactory_ray.classification.models import Task, make_classifier
-from fedfactory_ray.config import Config
+from fedfactory_ray.classification.models import make_classifier
+from fedfactory_ray.cluster.devices import autocast, resolve_precision, seed_process
+from fedfactory_ray.data.source import Task
 from fedfactory_ray.data.transforms import to_tensor
-from fedfactory_ray.devices import autocast, resolve_precision, seed_process
 from fedfactory_ray.seeds import derive_seed
+from fedfactory_ray.settings.config import Config
 
 VALIDATION_BATCH = 500
 

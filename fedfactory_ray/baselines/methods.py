@@ -10,8 +10,8 @@ from fedfactory_ray.baselines.feddyn import FedDyn
 from fedfactory_ray.baselines.fedprox import FedProx
 from fedfactory_ray.baselines.interface import Method
 from fedfactory_ray.baselines.scaffold import Scaffold
-from fedfactory_ray.config import Config
-from fedfactory_ray.sections import FederatedConfig
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.sections import FederatedConfig
 
 METHODS: dict[str, Callable[[FederatedConfig], Method]] = {
     "fedavg": lambda settings: FedAvg(settings.server_lr, client_lr=settings.fedavg_lr),

@@ -17,14 +17,14 @@ from fedfactory_ray.baselines.interface import Method
 from fedfactory_ray.baselines.learner import Judgement, held_back
 from fedfactory_ray.baselines.methods import determining
 from fedfactory_ray.classification.card import verified_card
-from fedfactory_ray.classification.models import Task
-from fedfactory_ray.cluster import Worker, place, placement
-from fedfactory_ray.config import Config
+from fedfactory_ray.cluster import absence
+from fedfactory_ray.cluster.plan import Worker, place, placement
 from fedfactory_ray.data.partition import Partition
+from fedfactory_ray.data.source import Task
 from fedfactory_ray.errors import ConfigError, PartitionError
-from fedfactory_ray.federation import absence
 from fedfactory_ray.seeds import random_state
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.files import Storage
 
 CHECKPOINT = ("model", "extras", "kept", "best")
 LOOK_SECONDS = 1.0

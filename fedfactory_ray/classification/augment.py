@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedfactory_ray.generation.unet import augment as apply_symmetry
-from fedfactory_ray.sections import ClassifierConfig
+from fedfactory_ray.data.transforms import augment as apply_symmetry
+from fedfactory_ray.settings.sections import ClassifierConfig
 
 SYMMETRIES = {"none": 1, "horizontal": 2, "dihedral": 8}
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from fedfactory_ray.storage import Storage
-
-WEIGHTS = "model.safetensors"
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import WEIGHTS
 
 
 def verified_card(storage: Storage, folder: str, fingerprint: str) -> dict[str, Any] | None:

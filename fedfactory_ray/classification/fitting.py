@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from fedfactory_ray.classification.augment import augment_batch
 from fedfactory_ray.classification.batches import Batches
-from fedfactory_ray.classification.card import WEIGHTS
-from fedfactory_ray.classification.models import Task, make_classifier
+from fedfactory_ray.classification.models import make_classifier
+from fedfactory_ray.cluster.devices import autocast, resolve_precision, seed_process
+from fedfactory_ray.data.source import Task
 from fedfactory_ray.data.transforms import to_tensor
-from fedfactory_ray.devices import autocast, resolve_precision, seed_process
 from fedfactory_ray.schedule import warmup_cosine
-from fedfactory_ray.sections import ClassifierConfig
 from fedfactory_ray.seeds import derive_seed
+from fedfactory_ray.settings.sections import ClassifierConfig
+from fedfactory_ray.storage.layout import WEIGHTS
 
 WARMUP = 0.05
 PROGRESS = "fit.json"

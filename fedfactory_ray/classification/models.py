@@ -2,27 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fedfactory_ray.sections import Norm
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a classifier is made for: its network follows from it and from the configuration."""
-
-    classes: int
-    channels: int
-    resolution: int
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of an image."""
-        return self.resolution, self.resolution, self.channels
+from fedfactory_ray.data.source import Task
+from fedfactory_ray.settings.sections import Norm
 
 
 def make_norm(norm: Norm, channels: int) -> nn.Module:
@@ -70,16 +55,3 @@ def make_classifier(name: str, task: Task, norm: Norm = "group") -> nn.Module:
     if name == "cnn":
         return small_cnn(task.channels, task.classes, norm)
     return small_image_resnet(name, task.channels, task.classes, task.resolution, norm)
-
-
-class Predictor(nn.Module):
-    """A fitted classifier for users: uint8 images (n, H, W, C) in, float32 probabilities (n, classes) out."""
-
-    def __init__(self, network: nn.Module) -> None:
-        super().__init__()
-        self.network = network
-
-    def forward(self, images: Tensor) -> Tensor:
-        """The package's one transform (`data.transforms.to_tensor`), the network, softmax."""
-        pixels = images.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
-        return torch.softmax(self.network(pixels), dim=1)

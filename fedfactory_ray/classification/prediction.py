@@ -11,15 +11,17 @@ import safetensors.torch
 import torch
 from scipy.special import softmax
 
+from fedfactory_ray.classification.ensemble import mixture, product
 from fedfactory_ray.classification.evaluation import Difference, Evaluation, evaluate, paired_difference
-from fedfactory_ray.classification.models import Task, make_classifier
-from fedfactory_ray.config import MIXTURE, PRODUCT, Config
-from fedfactory_ray.data.sources import open_source
+from fedfactory_ray.classification.models import make_classifier
+from fedfactory_ray.cluster.devices import assigned_device, environment, prepare_process
+from fedfactory_ray.data.readers import open_source
+from fedfactory_ray.data.source import Task
 from fedfactory_ray.data.transforms import to_tensor
-from fedfactory_ray.devices import assigned_device, environment, prepare_process
-from fedfactory_ray.experts import mixture, product
-from fedfactory_ray.resources import WorkerResources
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.places import WorkerResources
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import MIXTURE, PRODUCT
 
 BATCH_SIZE = 500
 

@@ -10,9 +10,8 @@ from functools import partial
 import pyarrow as pa
 import ray
 
-from fedfactory_ray.storage import Storage
-from fedfactory_ray.synthesis.shard import read_shards
-from fedfactory_ray.synthesis.synthesize import Shard
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.synthesis.shard import Shard, read_shards
 
 FILES_PER_TASK = 16
 

@@ -19,14 +19,15 @@ import ray.train.torch
 from ray.util.queue import Queue
 
 from fedfactory_ray.classification.batches import Batches, HeldBatches, StreamedBatches, keep_side
-from fedfactory_ray.classification.card import WEIGHTS, verified_card
+from fedfactory_ray.classification.card import verified_card
 from fedfactory_ray.classification.fitting import Epoch
-from fedfactory_ray.classification.models import Task
 from fedfactory_ray.classification.rows import Rows
-from fedfactory_ray.cluster import Worker
-from fedfactory_ray.config import Config
+from fedfactory_ray.cluster.plan import Worker
+from fedfactory_ray.data.source import Task
 from fedfactory_ray.seeds import derive_seed
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import WEIGHTS
 
 POLL_SECONDS = "0.5"
 """How often Ray Train's controller looks after its workers; by default every 2 s, for which short fits would wait."""
@@ -184,7 +185,7 @@ def _fit_on_worker(settings: dict[str, Any]) -> None:
     import torch
 
     from fedfactory_ray.classification.fitting import Fit
-    from fedfactory_ray.devices import prepare_process
+    from fedfactory_ray.cluster.devices import prepare_process
 
     config: Config = settings["config"]
     context = ray.train.get_context()
@@ -243,7 +244,7 @@ def _batches(config: Config, settings: dict[str, Any], seed: int, rank: int, wor
 
 def _real_batches(config: Config, task: Task, rank: int, world: int) -> Batches:
     """The real validation split, every worker its part."""
-    from fedfactory_ray.data.sources import open_source
+    from fedfactory_ray.data.readers import open_source
     from fedfactory_ray.synthesis.shard import image_table
 
     source = open_source(config.data)

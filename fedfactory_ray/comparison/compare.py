@@ -12,19 +12,14 @@ import numpy as np
 import ray
 from rich.console import Console
 
-from fedfactory_ray import pipeline, tracking
 from fedfactory_ray.comparison.report import (
     BEST,
-    CENTRALISED,
     COMPARED,
     ENSEMBLE,
     FACTORY,
     FACTORY_II,
-    LOCAL,
     LONE,
     MEAN,
-    PLOT,
-    TABLE,
     Comparison,
     Line,
     comparison_table,
@@ -32,19 +27,22 @@ from fedfactory_ray.comparison.report import (
     log_comparison,
     over_seeds,
 )
-from fedfactory_ray.config import PRODUCT, Config
 from fedfactory_ray.errors import ConfigError
-from fedfactory_ray.progress import bars
-from fedfactory_ray.report import partition_table
-from fedfactory_ray.session import Session, open_session
-from fedfactory_ray.tracking import ClientRun, Run
+from fedfactory_ray.pipeline import phases as pipeline
+from fedfactory_ray.pipeline.report import partition_table
+from fedfactory_ray.pipeline.session import Session, open_session
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.layout import CENTRALISED, LOCAL, PLOT, PRODUCT, TABLE
+from fedfactory_ray.tracking import runs as tracking
+from fedfactory_ray.tracking.progress import bars
+from fedfactory_ray.tracking.runs import ClientRun, Run
 
 if TYPE_CHECKING:
     from fedfactory_ray.baselines.rounds import Federated, Federation, Round
     from fedfactory_ray.classification.evaluation import Difference
-    from fedfactory_ray.federation.ensemble import Experts
-    from fedfactory_ray.pipeline import Modules
-    from fedfactory_ray.synthesis.synthesize import Shard
+    from fedfactory_ray.federation.experts import Experts
+    from fedfactory_ray.generation.card import Modules
+    from fedfactory_ray.synthesis.shard import Shard
 
 
 def method_names() -> list[str]:

@@ -11,19 +11,18 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedfactory_ray import plots
-from fedfactory_ray.config import METHOD
-from fedfactory_ray.tracking import Run
+from fedfactory_ray.storage.layout import METHOD, PLOT, TABLE
+from fedfactory_ray.tracking import plots
+from fedfactory_ray.tracking.runs import Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fedfactory_ray.classification.evaluation import Difference
 
-CENTRALISED, LOCAL, FACTORY, FACTORY_II = "centralised", "local", METHOD, f"{METHOD}-ii"
+FACTORY, FACTORY_II = METHOD, f"{METHOD}-ii"
 ENSEMBLE, MEAN, BEST = "local, ensemble", "local, mean", "local, best on test"
 LONE = f"{FACTORY_II}, lone experts, mean"
-TABLE, PLOT = "comparison.json", "comparison.png"
 COMPARED = ("accuracy", "balanced_accuracy", "auroc")
 
 

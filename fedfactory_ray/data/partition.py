@@ -9,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
+from fedfactory_ray.data.source import Source
 from fedfactory_ray.errors import PartitionError
-from fedfactory_ray.sections import PartitionConfig
 from fedfactory_ray.seeds import random_state
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.sections import PartitionConfig
 
 
 @dataclass(frozen=True)
@@ -218,3 +220,27 @@ def skew(config: PartitionConfig, pool_sizes: np.ndarray, clients: int, draw: np
 
 
 SCHEMES = {"silos": silos, "pathological": pathological, "dirichlet": dirichlet, "skew": skew}
+
+
+def own_indices(config: Config, source: Source, label: int, places: np.ndarray) -> np.ndarray:
+    """Indices into the client's training split of its images of a class, int64 (n,).
+
+    A natural silo's places count among its own images of the class, for no other node has seen its labels.
+    """
+    if config.partition.scheme != "natural":
+        return places
+    return np.flatnonzero(source.labels("train") == label)[places]
+
+
+def held_elsewhere(counts: dict[tuple[str, int], int], classes: int) -> Partition:
+    """A partition whose images only their clients know: places among the client's own images of each class."""
+    shares: dict[str, dict[int, np.ndarray]] = {}
+    for (client, label), n in sorted(counts.items()):
+        shares.setdefault(client, {})[label] = np.arange(n)
+    return Partition(classes, shares)
+
+
+def still_held(partition: Partition, excluded: Sequence[str]) -> list[str]:
+    """Those entries of `partition.exclude` whom the partition still holds: who was forgotten takes images away."""
+    held = {*partition.clients, *(f"{client}/{label}" for client, label, _ in partition)}
+    return [entry for entry in excluded if entry in held]

@@ -73,3 +73,17 @@ def inspect(source: Source, *, trains: bool = True, tests: bool = True) -> tuple
             source.path, f"images of {height}×{width} with {channels} channels", "square images, grey or RGB"
         )
     return DataInfo(source.class_names, height, channels, counts), source.labels("train")
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a classifier is made for: its network follows from it and from the configuration."""
+
+    classes: int
+    channels: int
+    resolution: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return self.resolution, self.resolution, self.channels

@@ -9,6 +9,7 @@ from PIL import Image
 
 if TYPE_CHECKING:  # torch takes seconds to import, and reading data does not need it
     import torch
+    from torch import Tensor
 
 
 def resize(image: Image.Image, resolution: int) -> Image.Image:
@@ -42,3 +43,16 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     """Float images (n, C, H, W) in [-1, 1] as uint8 (n, H, W, C); values beyond the range are clipped."""
     pixels = images.clamp(-1, 1).add(1.0).mul(127.5).round().byte()
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def augment(images: Tensor, augmentation: Tensor) -> Tensor:
+    """Apply to each image (n, C, S, S) its symmetry of the square: int64 (n,); 0 none, 1 left-right, up to 7.
+
+    The symmetry is told to the network too, so that it never shows in samples (Karras et al. 2020, sec. 2.2).
+    """
+    import torch
+
+    bits = augmentation[:, None, None, None]
+    images = torch.where(bits % 2 == 1, images.flip(3), images)
+    images = torch.where(bits // 2 % 2 == 1, images.flip(2), images)
+    return torch.where(bits // 4 == 1, images.transpose(2, 3), images)

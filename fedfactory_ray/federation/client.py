@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import ray
 
-from fedfactory_ray.config import Config
+from fedfactory_ray.data.partition import own_indices
 from fedfactory_ray.generation.card import ModuleCard
-from fedfactory_ray.resources import WorkerResources
 from fedfactory_ray.seeds import derive_seed
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.places import WorkerResources
+from fedfactory_ray.storage.files import Storage
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,7 @@ class ClientActor:
     @property
     def device(self) -> torch.device:
         """The device that Ray assigned; found at the first use, for a refusal is lost in a constructor."""
-        from fedfactory_ray.devices import assigned_device, prepare_process
+        from fedfactory_ray.cluster.devices import assigned_device, prepare_process
 
         if self._device is None:
             self._device = prepare_process(self.resources, assigned_device(ray.get_gpu_ids()))
@@ -67,7 +68,7 @@ class ClientActor:
 
     def source(self, client: str) -> Source:
         """The client's images; of the sources the last one stays open."""
-        from fedfactory_ray.data.sources import open_source
+        from fedfactory_ray.data.readers import open_source
 
         data = self.config.data_of(client)
         if data.source not in self.sources:
@@ -94,16 +95,6 @@ class ClientActor:
         from fedfactory_ray.federation.expert import fit_expert
 
         yield from fit_expert(self.config, assignment, self.source(assignment.client), self.storage, self.device)
-
-
-def own_indices(config: Config, source: Source, label: int, places: np.ndarray) -> np.ndarray:
-    """Indices into the client's training split of its images of a class, int64 (n,).
-
-    A natural silo's places count among its own images of the class, for no other node has seen its labels.
-    """
-    if config.partition.scheme != "natural":
-        return places
-    return np.flatnonzero(source.labels("train") == label)[places]
 
 
 def train_modules(

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.errors import DataMissingError, ModuleRefusedError
 from fedfactory_ray.generation.card import ModuleCard
-from fedfactory_ray.sections import NAME, GeneratorConfig
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.settings.sections import NAME, GeneratorConfig
+from fedfactory_ray.storage.files import Storage
 
 PLACE = re.compile(r"modules/(?P<client>[^/]+)/class-(?P<label>\d{3,})/card\.json")
 

@@ -15,17 +15,16 @@ import numpy as np
 import safetensors.torch
 
 from fedfactory_ray.classification.batches import BalancedBatches, Group, keep_side
-from fedfactory_ray.classification.card import WEIGHTS, verified_card
+from fedfactory_ray.classification.card import verified_card
 from fedfactory_ray.classification.fitting import PROGRESS, Epoch, Fit
-from fedfactory_ray.classification.models import Task
-from fedfactory_ray.config import Config
-from fedfactory_ray.data.source import Source
-from fedfactory_ray.federation.client import own_indices
+from fedfactory_ray.data.partition import own_indices
+from fedfactory_ray.data.source import Source, Task
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.seeds import derive_seed
-from fedfactory_ray.storage import Storage
-from fedfactory_ray.synthesis.shard import images_of, read_shards
-from fedfactory_ray.synthesis.synthesize import Shard
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import WEIGHTS, expert_folder
+from fedfactory_ray.synthesis.shard import Shard, images_of, read_shards
 
 if TYPE_CHECKING:
     import torch
@@ -49,11 +48,6 @@ class Expert:
     def folder(self) -> str:
         """Where the expert lies in a run's storage."""
         return expert_folder(self.client)
-
-
-def expert_folder(client: str) -> str:
-    """Where a client's expert lies in a run's storage."""
-    return f"experts/{client}"
 
 
 @dataclass(frozen=True)

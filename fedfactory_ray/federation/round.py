@@ -3,29 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
-import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError
 
-from fedfactory_ray.cluster import Worker
-from fedfactory_ray.config import Config
+from fedfactory_ray.cluster.plan import Worker
+from fedfactory_ray.cluster.slots import ATTEMPTS, Slots
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.federation.client import Progress, Upload
-from fedfactory_ray.federation.slots import ATTEMPTS, Slots
-from fedfactory_ray.generation.card import ModuleCard
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.generation.card import ModuleCard, ModuleHandle
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.files import Storage
 
 Listener = Callable[[Progress | Upload], None]
-
-
-@dataclass(frozen=True)
-class ModuleHandle:
-    """A module by its card; the weights lie in the object store (`ref`) and in storage, never here."""
-
-    card: ModuleCard
-    ref: ray.ObjectRef | None = field(default=None, compare=False)
 
 
 def stored_module(storage: Storage, client: str, label: int, images: int) -> ModuleHandle | None:

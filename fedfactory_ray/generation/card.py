@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -49,3 +49,14 @@ class ModuleCard:
     def from_json(cls, text: bytes) -> ModuleCard:
         """Inverse of `to_json`."""
         return cls(**json.loads(text))
+
+
+@dataclass(frozen=True)
+class ModuleHandle:
+    """A module by its card; the weights lie in the object store (`ref`) and in storage, never here."""
+
+    card: ModuleCard
+    ref: Any = field(default=None, compare=False)
+
+
+Modules = dict[tuple[str, int], "ModuleHandle"]

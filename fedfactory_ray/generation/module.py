@@ -12,7 +12,7 @@ from torch import Tensor
 from fedfactory_ray.errors import ModuleRefusedError
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.generation.unet import Denoiser
-from fedfactory_ray.sections import GeneratorConfig
+from fedfactory_ray.settings.sections import GeneratorConfig
 
 
 def pack(denoiser: Denoiser, *, half: bool) -> bytes:

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fedfactory_ray.cluster.devices import autocast
 from fedfactory_ray.data.transforms import to_uint8
-from fedfactory_ray.devices import autocast
 from fedfactory_ray.generation.samplers import SOLVERS, karras_sigmas, solver_steps
 from fedfactory_ray.generation.unet import Denoiser
-from fedfactory_ray.sections import SamplerConfig
 from fedfactory_ray.seeds import derive_seed
+from fedfactory_ray.settings.sections import SamplerConfig
 
 
 def image_noise(seed: int, index: int, shape: tuple[int, int, int]) -> Tensor:

@@ -18,12 +18,12 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from fedfactory_ray.data.transforms import to_tensor
-from fedfactory_ray.devices import resolve_precision, seed_process
+from fedfactory_ray.cluster.devices import resolve_precision, seed_process
+from fedfactory_ray.data.transforms import augment, to_tensor
 from fedfactory_ray.generation.edm import sample_sigma
-from fedfactory_ray.generation.unet import AUGMENTATIONS, Denoiser, augment
+from fedfactory_ray.generation.unet import AUGMENTATIONS, Denoiser
 from fedfactory_ray.schedule import warmup_cosine
-from fedfactory_ray.sections import GeneratorConfig
+from fedfactory_ray.settings.sections import GeneratorConfig
 
 ACCELERATE_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 REPORT_SECONDS = 1.0

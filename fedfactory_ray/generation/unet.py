@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedfactory_ray.generation.edm import SIGMA_DATA, CleanImage, Gaussian, Residual, c_in, c_noise, expand
-from fedfactory_ray.sections import GeneratorConfig
+from fedfactory_ray.settings.sections import GeneratorConfig
 
 AUGMENTATIONS = {"none": 1, "flip": 2, "dihedral": 8}
 # diffusers' sinusoidal embedding is made for time steps up to 1000.
@@ -92,14 +92,3 @@ class Denoiser(nn.Module):
         """Weighted squared error () of denoising data + sigma · noise (Karras et al. 2022, eq. 8)."""
         denoised = self(data + noise * expand(sigma), sigma, augmentation)
         return (expand(self.preconditioner.weight(sigma)) * (denoised - data).square()).mean()
-
-
-def augment(images: Tensor, augmentation: Tensor) -> Tensor:
-    """Apply to each image (n, C, S, S) its symmetry of the square: int64 (n,); 0 none, 1 left-right, up to 7.
-
-    The symmetry is told to the network too, so that it never shows in samples (Karras et al. 2020, sec. 2.2).
-    """
-    mirror = expand(augmentation % 2 == 1)
-    images = torch.where(mirror, images.flip(3), images)
-    images = torch.where(expand(augmentation // 2 % 2 == 1), images.flip(2), images)
-    return torch.where(expand(augmentation // 4 == 1), images.transpose(2, 3), images)

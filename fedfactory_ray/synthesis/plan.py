@@ -6,11 +6,11 @@ import heapq
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fedfactory_ray.config import Config
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.seeds import derive_seed
+from fedfactory_ray.settings.config import Config
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import ray
 
-from fedfactory_ray.storage import Storage
-from fedfactory_ray.synthesis.shard import images_of
-from fedfactory_ray.synthesis.synthesize import Shard
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.synthesis.shard import Shard, images_of
 
 
 @ray.remote

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.plan import Unit
 
 ROWS_DIGEST = b"fedfactory.rows_sha256"
@@ -104,3 +105,21 @@ def verified_digest(storage: Storage, unit: Unit) -> str | None:
     except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError):  # each a way of being torn
         return None
     return rows_digest(unit, images) if whole else None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One line of the manifest: a unit's file and what it holds."""
+
+    file: str
+    client: str
+    label: int
+    unit: int
+    n: int
+    module_sha256: str
+    rows_sha256: str
+
+
+def manifest_digest(manifest: list[Shard]) -> str:
+    """SHA-256 of all rows, in order."""
+    return hashlib.sha256("".join(shard.rows_sha256 for shard in manifest).encode()).hexdigest()

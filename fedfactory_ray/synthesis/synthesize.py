@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -12,30 +11,17 @@ import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayActorError
 
-from fedfactory_ray.cluster import Worker
-from fedfactory_ray.config import Config
-from fedfactory_ray.federation.round import ModuleHandle
-from fedfactory_ray.resources import WorkerResources
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.cluster.plan import Worker
+from fedfactory_ray.generation.card import ModuleHandle
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.places import WorkerResources
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import MANIFEST
 from fedfactory_ray.synthesis.plan import Unit, make_units
-from fedfactory_ray.synthesis.shard import verified_digest
+from fedfactory_ray.synthesis.shard import Shard, verified_digest
 
-MANIFEST = "manifest.json"
 KEPT_MODULES = 2
 VERIFIED_AT_ONCE = 64
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One line of the manifest: a unit's file and what it holds."""
-
-    file: str
-    client: str
-    label: int
-    unit: int
-    n: int
-    module_sha256: str
-    rows_sha256: str
 
 
 @dataclass(frozen=True)
@@ -57,7 +43,7 @@ class Synthesizer:
         storage: Storage,
         modules: dict[tuple[str, int], ModuleHandle],
     ) -> None:
-        from fedfactory_ray.devices import assigned_device, prepare_process
+        from fedfactory_ray.cluster.devices import assigned_device, prepare_process
 
         self.config, self.storage, self.modules = config, storage, modules
         self.device = prepare_process(resources, assigned_device(ray.get_gpu_ids()))
@@ -89,7 +75,7 @@ class Synthesizer:
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Draw and write the batch's units; returns the digests of their rows."""
-        from fedfactory_ray.devices import resolve_precision
+        from fedfactory_ray.cluster.devices import resolve_precision
         from fedfactory_ray.generation.sampling import draw_images
         from fedfactory_ray.synthesis.shard import write_shard
 
@@ -113,11 +99,6 @@ class Synthesizer:
             "node": np.full(len(digests), node),
             "gpus": np.full(len(digests), gpus),
         }
-
-
-def manifest_digest(manifest: list[Shard]) -> str:
-    """SHA-256 of all rows, in order."""
-    return hashlib.sha256("".join(shard.rows_sha256 for shard in manifest).encode()).hexdigest()
 
 
 @ray.remote

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import ray
 
-from fedfactory_ray.config import Config
 from fedfactory_ray.generation.card import ModuleCard
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.plan import make_units
-from fedfactory_ray.synthesis.synthesize import Shard
+from fedfactory_ray.synthesis.shard import Shard
 
 if TYPE_CHECKING:
     from fedfactory_ray.classification.rows import Rows
-    from fedfactory_ray.pipeline import Modules
-    from fedfactory_ray.session import Session
-    from fedfactory_ray.tracking import ClientRun, Run
+    from fedfactory_ray.generation.card import Modules
+    from fedfactory_ray.pipeline.session import Session
+    from fedfactory_ray.tracking.runs import ClientRun, Run
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ def digest(settings: Mapping[str, Any]) -> str:
 def make_drawn(sessions: Sequence[Session]) -> dict[str, Drawn]:
     """Train the modules and draw the images for these sessions, one a trial, all with the same storage; returns them by
     the digest of `settings_of_images`. What several share is made once, and what is there and verifies is not made."""
-    from fedfactory_ray.pipeline import draw_images
+    from fedfactory_ray.pipeline.phases import draw_images
 
     modules: dict[str, Modules] = {}
     drawn: dict[str, Drawn] = {}
@@ -116,7 +116,7 @@ def make_drawn(sessions: Sequence[Session]) -> dict[str, Drawn]:
 
 def train_modules(session: Session, name: str) -> Modules:
     """The session's modules, in the folder `name` of its storage, with references that outlive their clients."""
-    from fedfactory_ray import pipeline
+    from fedfactory_ray.pipeline import phases as pipeline
 
     inner = _within(session, name)
     client_runs: dict[str, ClientRun] = {}

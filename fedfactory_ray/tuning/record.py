@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.storage.files import Storage
 
 FILE = "trial.json"
 Outcome = Literal["whole", "stopped early", "failed"]

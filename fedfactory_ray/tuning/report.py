@@ -10,7 +10,7 @@ from io import StringIO
 from rich.console import Console
 from rich.table import Table
 
-from fedfactory_ray.tracking import Run
+from fedfactory_ray.tracking.runs import Run
 from fedfactory_ray.tuning.record import Outcome, Record
 from fedfactory_ray.tuning.search import overrides
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 import yaml
 
-from fedfactory_ray.command_line import changed
-from fedfactory_ray.config import Config, flatten
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.seeds import random_state
+from fedfactory_ray.settings.command_line import changed
+from fedfactory_ray.settings.config import Config, flatten
 
 TRIALS = 8
 """Settings that are drawn where a field has a range and no number is given."""

@@ -17,17 +17,17 @@ from rich.console import Console
 from fedfactory_ray.baselines import rounds
 from fedfactory_ray.baselines.centralised import reference_config
 from fedfactory_ray.baselines.methods import METHODS, determining
-from fedfactory_ray.cluster import Worker, make_plan
-from fedfactory_ray.comparison.report import CENTRALISED
-from fedfactory_ray.config import METHOD, Config
+from fedfactory_ray.cluster.plan import Worker, make_plan
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.errors import ConfigError, DataInvalidError, ResourcesError
-from fedfactory_ray.progress import Bars, bars
-from fedfactory_ray.session import Session, find_refusal, open_session, run_name
-from fedfactory_ray.storage import Storage
-from fedfactory_ray.survey import survey
+from fedfactory_ray.pipeline.session import Session, find_refusal, open_session, run_name
+from fedfactory_ray.pipeline.survey import survey
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import CENTRALISED, METHOD
 from fedfactory_ray.synthesis.plan import check_validation
-from fedfactory_ray.tracking import Run
+from fedfactory_ray.tracking.progress import Bars, bars
+from fedfactory_ray.tracking.runs import Run
 from fedfactory_ray.tuning.drawn import digest, make_drawn, settings_of_images
 from fedfactory_ray.tuning.record import FILE, Record, Report, read_record
 from fedfactory_ray.tuning.report import Line, Study, log_study

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 
 from ray import tune
 
-from fedfactory_ray.cluster import Worker, quiet
-from fedfactory_ray.config import METHOD, Config
+from fedfactory_ray.cluster.plan import Worker, quiet
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import DataInfo
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import METHOD
 from fedfactory_ray.tuning.drawn import Drawn
 from fedfactory_ray.tuning.record import Report, read_record
 
@@ -65,7 +66,7 @@ def run_federated(job: Job, tell: Tell) -> tuple[float, float]:
     """A federated method; returns accuracy and loss of the chosen round on the clients' validation images."""
     from fedfactory_ray.baselines.methods import METHODS
     from fedfactory_ray.baselines.rounds import Federation, Round
-    from fedfactory_ray.classification.models import Task
+    from fedfactory_ray.data.source import Task
 
     settings, info = job.config.federated, job.info
 
@@ -86,8 +87,8 @@ def run_federated(job: Job, tell: Tell) -> tuple[float, float]:
 def run_classifier(job: Job, tell: Tell) -> tuple[float, float]:
     """A classifier's fit; returns accuracy and loss of the chosen epoch on the real validation split."""
     from fedfactory_ray.baselines.centralised import real_rows, reference_config
-    from fedfactory_ray.classification.models import Task
     from fedfactory_ray.classification.training import fit
+    from fedfactory_ray.data.source import Task
 
     info = job.info
 

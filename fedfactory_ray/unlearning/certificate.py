@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from fedfactory_ray.config import METHOD, Config
 from fedfactory_ray.generation.samplers import network_evaluations
-from fedfactory_ray.storage import Storage
-from fedfactory_ray.unlearning.deletion import AUDIT
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import AUDIT, METHOD
 from fedfactory_ray.unlearning.facts import Facts, weights
 from fedfactory_ray.unlearning.request import Request
 from fedfactory_ray.unlearning.reuse import Reuse

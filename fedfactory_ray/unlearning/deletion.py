@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from fedfactory_ray import tracking
-from fedfactory_ray.config import SETTINGS
-from fedfactory_ray.session import FORGOTTEN
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import AUDIT, CERTIFICATE, FORGOTTEN, SETTINGS
+from fedfactory_ray.tracking import runs as tracking
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-AUDIT, CERTIFICATE = "audit.jsonl", "certificate.json"
-PENDING = "pending.json"
-"""In a run that is being made into one that forgets: the request."""
 LEFT = (FORGOTTEN, AUDIT, SETTINGS, CERTIFICATE)
 """Files that stay: the note, the log, the settings, with which the same request is recognised, and the certificate of
 a run that was itself made by forgetting."""

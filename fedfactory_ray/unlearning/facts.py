@@ -6,16 +6,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from fedfactory_ray.classification.card import WEIGHTS
-from fedfactory_ray.config import METHOD, PRODUCT, Config
 from fedfactory_ray.errors import UnlearningError
 from fedfactory_ray.federation.exchange import PLACE
 from fedfactory_ray.generation.card import ModuleCard
-from fedfactory_ray.pipeline import ENVIRONMENT, EVALUATION
-from fedfactory_ray.session import SECONDS
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import ENVIRONMENT, EVALUATION, MANIFEST, METHOD, PRODUCT, SECONDS, WEIGHTS
 from fedfactory_ray.synthesis.plan import make_units
-from fedfactory_ray.synthesis.synthesize import MANIFEST, Shard, manifest_digest, stored_units
+from fedfactory_ray.synthesis.shard import Shard, manifest_digest
+from fedfactory_ray.synthesis.synthesize import stored_units
 
 AT_ONCE = 16
 

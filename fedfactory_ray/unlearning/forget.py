@@ -6,20 +6,22 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
 
-import numpy as np
 import ray
 from rich.console import Console
 
-from fedfactory_ray import pipeline, plots, tracking
-from fedfactory_ray.cluster import connect, make_plan
-from fedfactory_ray.config import Config, merge
+from fedfactory_ray.cluster.plan import connect, make_plan
 from fedfactory_ray.errors import UnlearningError
-from fedfactory_ray.resources import WorkerResources
-from fedfactory_ray.session import FORGETTING, FORGOTTEN, Session, claim, open_session, refuse_forgotten
-from fedfactory_ray.storage import TEMPORARY, Storage
+from fedfactory_ray.pipeline import phases as pipeline
+from fedfactory_ray.pipeline.session import claim, open_session, refuse_forgotten
+from fedfactory_ray.settings.config import Config, merge
+from fedfactory_ray.settings.places import WorkerResources
+from fedfactory_ray.storage.files import TEMPORARY, Storage
+from fedfactory_ray.storage.layout import CERTIFICATE, FORGETTING, FORGOTTEN, PENDING
+from fedfactory_ray.tracking import runs as tracking
 from fedfactory_ray.unlearning.certificate import Certificate, audit_lines, cost, note, what_went
-from fedfactory_ray.unlearning.deletion import CERTIFICATE, PENDING, delete_run, delete_traces, find_traces
+from fedfactory_ray.unlearning.deletion import delete_run, delete_traces, find_traces
 from fedfactory_ray.unlearning.facts import Facts, read_facts, refuse_damaged
+from fedfactory_ray.unlearning.report import log_certificate
 from fedfactory_ray.unlearning.request import Request, make_request
 from fedfactory_ray.unlearning.reuse import copy_files, plan_reuse
 from fedfactory_ray.unlearning.verification import left_in_new, left_in_old
@@ -145,7 +147,7 @@ def _differences(config: Config, environments: list[dict[str, str]]) -> list[str
 
 @ray.remote
 def _environment(resources: WorkerResources) -> dict[str, str]:
-    from fedfactory_ray.devices import assigned_device, environment, prepare_process
+    from fedfactory_ray.cluster.devices import assigned_device, environment, prepare_process
 
     return environment(prepare_process(resources, assigned_device(ray.get_gpu_ids())))
 
@@ -220,31 +222,3 @@ def refuse_residue(found: list[str]) -> None:
     """Raise RuntimeError where something is left that should be gone."""
     if found:
         raise RuntimeError(f"left of what has to be forgotten, or of nobody knows what: {'; '.join(found)}")
-
-
-def recalls(facts: Facts, method: str) -> dict[int, float]:
-    """Recall by class of an evaluation."""
-    prefix = "recall_class_"
-    scores = facts.scores[method]
-    return {int(name.removeprefix(prefix)): value for name, value in scores.items() if name.startswith(prefix)}
-
-
-def held_recall(facts: Facts, method: str, absent: Sequence[int]) -> float:
-    """Mean recall of the classes that somebody still holds."""
-    return float(np.mean([value for label, value in recalls(facts, method).items() if label not in absent]))
-
-
-def log_certificate(session: Session, certificate: Certificate) -> None:
-    """Tags, metrics before and after, the plot of recall, and the certificate itself, in the new run."""
-    run, method = session.run, certificate.after.main_method
-    run.tag("forgotten", ", ".join(certificate.request.exclude))
-    run.tag("forgotten.asked_by", certificate.request.asked_by)
-    for when, facts in (("before", certificate.before), ("after", certificate.after)):
-        run.metrics({f"{when}/{name}": value for name, value in facts.scores[method].items()})
-        run.metrics({f"{when}/recall_of_held_classes": held_recall(facts, method, certificate.absent)})
-    run.metrics({f"share_of_original/{name}": value for name, value in certificate.cost["share"].items()})
-    picture = plots.recall_plot(
-        recalls(certificate.before, method), recalls(certificate.after, method), session.info.class_names
-    )
-    run.figure(picture, "recall.png")
-    run.text(certificate.to_json().decode(), CERTIFICATE)

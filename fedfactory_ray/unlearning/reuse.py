@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from fedfactory_ray.classification.card import WEIGHTS
-from fedfactory_ray.classification.models import Task
 from fedfactory_ray.classification.training import fit_fingerprint
-from fedfactory_ray.config import METHOD, Config
 from fedfactory_ray.data.partition import Partition
-from fedfactory_ray.federation.expert import assign, expert_folder
+from fedfactory_ray.data.source import Task
+from fedfactory_ray.federation.expert import assign
 from fedfactory_ray.generation.card import ModuleCard
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import METHOD, WEIGHTS, expert_folder
 from fedfactory_ray.synthesis.plan import make_units
-from fedfactory_ray.synthesis.synthesize import Shard, manifest_digest
+from fedfactory_ray.synthesis.shard import Shard, manifest_digest
 from fedfactory_ray.unlearning.facts import AT_ONCE, Facts
 
 

@@ -14,18 +14,28 @@ from typing import Any
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from fedfactory_ray import pipeline, tracking
-from fedfactory_ray.classification.card import WEIGHTS
-from fedfactory_ray.comparison.report import PLOT, TABLE
-from fedfactory_ray.config import METHOD, Config, merge
 from fedfactory_ray.errors import UnlearningError
-from fedfactory_ray.session import FORGETTING, SECONDS, SETTINGS, refuse_forgotten
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.pipeline import phases as pipeline
+from fedfactory_ray.pipeline.session import SETTINGS, refuse_forgotten
+from fedfactory_ray.settings.config import Config, merge
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import (
+    AUDIT,
+    CERTIFICATE,
+    FORGETTING,
+    MANIFEST,
+    METHOD,
+    PENDING,
+    PLOT,
+    SECONDS,
+    TABLE,
+    WEIGHTS,
+)
 from fedfactory_ray.synthesis.plan import Unit, make_units
 from fedfactory_ray.synthesis.shard import verified_digest
-from fedfactory_ray.synthesis.synthesize import MANIFEST
+from fedfactory_ray.tracking import runs as tracking
 from fedfactory_ray.unlearning.certificate import Certificate, audit_lines
-from fedfactory_ray.unlearning.deletion import AUDIT, CERTIFICATE, LEFT, PENDING, find_traces, traces_left
+from fedfactory_ray.unlearning.deletion import LEFT, find_traces, traces_left
 from fedfactory_ray.unlearning.facts import AT_ONCE, Facts, differing_weights, read_facts, weights
 from fedfactory_ray.unlearning.request import Request
 

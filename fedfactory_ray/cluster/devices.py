@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from fedfactory_ray.errors import ResourcesError
-from fedfactory_ray.resources import WorkerResources
-from fedfactory_ray.sections import Precision
+from fedfactory_ray.settings.places import WorkerResources
+from fedfactory_ray.settings.sections import Precision
 
 
 def assigned_device(gpu_ids: list[int] | list[str]) -> torch.device:

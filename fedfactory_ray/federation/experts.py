@@ -9,11 +9,11 @@ from typing import Any
 from ray.exceptions import RayError
 
 from fedfactory_ray.classification.fitting import Epoch
-from fedfactory_ray.cluster import Worker
-from fedfactory_ray.config import Config
+from fedfactory_ray.cluster.plan import Worker
+from fedfactory_ray.cluster.slots import ATTEMPTS, Slots
 from fedfactory_ray.federation.expert import Assignment, Expert, stored_expert
-from fedfactory_ray.federation.slots import ATTEMPTS, Slots
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.files import Storage
 
 Listener = Callable[[str, Epoch | Expert], None]
 

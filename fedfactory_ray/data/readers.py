@@ -17,8 +17,8 @@ from fedfactory_ray.data.image_folder import ImageFolder
 from fedfactory_ray.data.source import Source, Split
 from fedfactory_ray.data.transforms import resize_batch
 from fedfactory_ray.errors import DataInvalidError, DataMissingError
-from fedfactory_ray.sections import DataConfig
 from fedfactory_ray.seeds import random_state
+from fedfactory_ray.settings.sections import DataConfig
 
 CHUNK_BYTES = 2**24
 

@@ -8,11 +8,11 @@ from typing import Any, cast
 import ray
 from ray.exceptions import ActorUnschedulableError, RayError
 
-from fedfactory_ray.cluster import Worker, place, placement
-from fedfactory_ray.config import Config
-from fedfactory_ray.federation import absence
+from fedfactory_ray.cluster import absence
+from fedfactory_ray.cluster.plan import Worker, place, placement
 from fedfactory_ray.federation.client import ClientActor
-from fedfactory_ray.storage import Storage
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.files import Storage
 
 ATTEMPTS = 3
 

@@ -12,7 +12,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedfactory_ray.config import Config, flatten
+from fedfactory_ray.settings.config import Config, flatten
 
 if TYPE_CHECKING:
     import numpy as np
@@ -111,7 +111,7 @@ class Run:
         import torch
         from mlflow.environment_variables import MLFLOW_DEFAULT_PREDICTION_DEVICE as DEVICE
 
-        from fedfactory_ray import served_classifier
+        from fedfactory_ray.tracking import served_classifier
 
         images = torch.from_numpy(example)
         with torch.inference_mode():

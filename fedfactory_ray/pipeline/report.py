@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table
 
-from fedfactory_ray.config import MIXTURE, PRODUCT
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import DataInfo
+from fedfactory_ray.storage.layout import MIXTURE, PRODUCT
 
 if TYPE_CHECKING:
     from fedfactory_ray.classification.evaluation import Difference, Evaluation

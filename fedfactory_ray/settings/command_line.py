@@ -15,9 +15,10 @@ from pydantic import BaseModel, ValidationError
 from pydantic_settings import CliApp
 from rich.console import Console
 
-from fedfactory_ray.config import SETTINGS, Config, merge
 from fedfactory_ray.errors import ConfigError, FedFactoryError
-from fedfactory_ray.presets import PRESETS
+from fedfactory_ray.settings.config import Config, merge
+from fedfactory_ray.settings.presets import PRESETS
+from fedfactory_ray.storage.layout import SETTINGS
 
 LOG_WIDTH = 140
 """Columns of a log, unless $COLUMNS tells; rich would fold tables to 80."""
@@ -62,7 +63,7 @@ def stored_config(name: str, overrides: Sequence[str] = ()) -> Config:
 
     Where it lies is told by the overrides (`--storage.uri`), not by what is stored. Raises ConfigError.
     """
-    from fedfactory_ray.storage import Storage
+    from fedfactory_ray.storage.files import Storage
 
     uri = make_config(overrides=overrides).storage.uri
     storage = Storage(uri).within(name)

@@ -10,8 +10,8 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from fedfactory_ray.resources import ResourcesConfig
-from fedfactory_ray.sections import (
+from fedfactory_ray.settings.places import ResourcesConfig, StorageConfig, TrackingConfig
+from fedfactory_ray.settings.sections import (
     NAME,
     ClassifierConfig,
     DataConfig,
@@ -20,16 +20,9 @@ from fedfactory_ray.sections import (
     GeneratorConfig,
     PartitionConfig,
     SamplerConfig,
-    StorageConfig,
     SynthesisConfig,
-    TrackingConfig,
 )
-
-METHOD, PRODUCT, MIXTURE = "fedfactory", "product", "mixture"
-"""Names in tables and logs: Architecture I's classifier, Architecture II's two ways to combine experts."""
-
-SETTINGS = "settings.json"
-"""File of a run that keeps the whole config of its last start."""
+from fedfactory_ray.storage.layout import METHOD, PRODUCT
 
 
 class Config(BaseSettings):

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 import ray
 
-from fedfactory_ray.cluster import placement, refuse_unknown_places
-from fedfactory_ray.config import Config
-from fedfactory_ray.data.partition import Partition, make_partition
+from fedfactory_ray.cluster.plan import placement, refuse_unknown_places
+from fedfactory_ray.data.partition import Partition, held_elsewhere, make_partition, still_held
 from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.errors import DataInvalidError, PartitionError
 from fedfactory_ray.federation.exchange import read_cards
 from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.settings.config import Config
 
 
 def survey(config: Config) -> tuple[DataInfo, Partition, list[ModuleCard]]:
@@ -60,24 +58,10 @@ def survey(config: Config) -> tuple[DataInfo, Partition, list[ModuleCard]]:
     return info, make_partition(config.partition, labels, info.classes, config.seed).without(excluded), []
 
 
-def held_elsewhere(counts: dict[tuple[str, int], int], classes: int) -> Partition:
-    """A partition whose images only their clients know: places among the client's own images of each class."""
-    shares: dict[str, dict[int, np.ndarray]] = {}
-    for (client, label), n in sorted(counts.items()):
-        shares.setdefault(client, {})[label] = np.arange(n)
-    return Partition(classes, shares)
-
-
-def still_held(partition: Partition, excluded: Sequence[str]) -> list[str]:
-    """Those entries of `partition.exclude` whom the partition still holds: who was forgotten takes images away."""
-    held = {*partition.clients, *(f"{client}/{label}" for client, label, _ in partition)}
-    return [entry for entry in excluded if entry in held]
-
-
 @ray.remote
 def _inspect(config: Config) -> tuple[DataInfo, np.ndarray]:
+    from fedfactory_ray.data.readers import open_source
     from fedfactory_ray.data.source import inspect
-    from fedfactory_ray.data.sources import open_source
 
     return inspect(open_source(config.data), trains=not config.apart)
 
@@ -85,8 +69,8 @@ def _inspect(config: Config) -> tuple[DataInfo, np.ndarray]:
 @ray.remote
 def _inspect_silo(config: Config, client: str, info: DataInfo) -> list[int]:
     """Training images a class of a natural silo: all that leaves its node."""
+    from fedfactory_ray.data.readers import open_source
     from fedfactory_ray.data.source import inspect
-    from fedfactory_ray.data.sources import open_source
 
     source = open_source(config.data_of(client), info.class_names)
     found, _ = inspect(source, trains=False, tests=False)

@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from fedfactory_ray.config import Config, merge
+from fedfactory_ray.settings.config import Config, merge
 
 TINY = {"generator": {"min_steps": 2, "max_steps": 2}}
 
@@ -29,7 +29,7 @@ def run_quietly(config: Config) -> tuple[Any, float]:
     """A whole run in this process, in a folder that is deleted again; returns its report and peak memory in MB."""
     import resource
 
-    from fedfactory_ray import pipeline
+    from fedfactory_ray.pipeline import phases as pipeline
 
     with tempfile.TemporaryDirectory() as folder:
         places = {"storage": {"uri": folder}, "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"}}
@@ -47,8 +47,8 @@ def bare_modules(config: Config, shares: list[tuple[str, int, np.ndarray]]) -> f
     """Seconds to train these modules one after the other in this process, imports and data aside."""
     import torch
 
-    from fedfactory_ray.data.sources import open_source
-    from fedfactory_ray.devices import prepare_process
+    from fedfactory_ray.cluster.devices import prepare_process
+    from fedfactory_ray.data.readers import open_source
     from fedfactory_ray.generation.training import train_denoiser
 
     device = prepare_process(config.resources.client, torch.device("cpu"))
@@ -65,7 +65,7 @@ def bare_drawing(config: Config, shape: tuple[int, int, int], units: list[int]) 
     """Seconds to draw units of these sizes in this process, imports aside."""
     import torch
 
-    from fedfactory_ray.devices import prepare_process, resolve_precision
+    from fedfactory_ray.cluster.devices import prepare_process, resolve_precision
     from fedfactory_ray.generation.sampling import draw_images
     from fedfactory_ray.generation.unet import Denoiser
 
@@ -85,8 +85,8 @@ def bare_fit(config: Config, shape: tuple[int, int, int], classes: int, images: 
 
     from fedfactory_ray.classification.batches import HeldBatches, keep_side
     from fedfactory_ray.classification.fitting import Fit
-    from fedfactory_ray.classification.models import Task
-    from fedfactory_ray.devices import prepare_process
+    from fedfactory_ray.cluster.devices import prepare_process
+    from fedfactory_ray.data.source import Task
     from fedfactory_ray.synthesis.shard import image_column
 
     device = prepare_process(config.resources.classifier, torch.device("cpu"))
@@ -116,9 +116,10 @@ def bare(function: Callable[..., float], config: Config, work: Sequence[Any], wo
 
 def overhead(config: Config, options: argparse.Namespace) -> Table:
     """A run's phases beside bare loops of the same work."""
-    from fedfactory_ray.classification.models import Task, make_classifier
+    from fedfactory_ray.classification.models import make_classifier
     from fedfactory_ray.data.partition import make_partition
-    from fedfactory_ray.data.sources import open_source
+    from fedfactory_ray.data.readers import open_source
+    from fedfactory_ray.data.source import Task
     from fedfactory_ray.synthesis.plan import quotas
 
     config = changed(config, baselines=["none"])
@@ -166,11 +167,11 @@ def overhead(config: Config, options: argparse.Namespace) -> Table:
 
 def round_seconds(config: Config, clients: int) -> tuple[float, float]:
     """Seconds of a round of `clients` with 20 images of one class each, and of its first event; Ray is up before."""
-    from fedfactory_ray.cluster import connect, make_plan
+    from fedfactory_ray.cluster.plan import connect, make_plan
     from fedfactory_ray.data.partition import make_partition
-    from fedfactory_ray.data.sources import open_source
+    from fedfactory_ray.data.readers import open_source
     from fedfactory_ray.federation.round import run_round
-    from fedfactory_ray.storage import Storage
+    from fedfactory_ray.storage.files import Storage
 
     source = open_source(config.data)
     classes = len(source.class_names)

@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from fedfactory_ray.benchmark.cost import changed
-from fedfactory_ray.config import SETTINGS, Config
+from benchmarks.cost import changed
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.layout import SETTINGS
 
 SOLVERS = [("dpmpp", 6), ("dpmpp", 10), ("dpmpp", 20), ("heun", 11), ("heun", 19), ("heun", 35)]
 SHARES = (1.0, 0.25, 0.0)
@@ -22,7 +23,7 @@ SHARES = (1.0, 0.25, 0.0)
 
 def stored_run(options: argparse.Namespace) -> tuple[Any, Config]:
     """The storage of the run in --run, and the configuration of its last start, but for the cluster it had."""
-    from fedfactory_ray.storage import Storage
+    from fedfactory_ray.storage.files import Storage
 
     storage = Storage(options.run)
     tree = storage.read_json(SETTINGS)
@@ -36,13 +37,15 @@ def expert_logits(config: Config, uri: str, client: str) -> Any:
     import safetensors.torch
     import torch
 
-    from fedfactory_ray.classification.models import Task, make_classifier
+    from fedfactory_ray.classification.models import make_classifier
     from fedfactory_ray.classification.prediction import predict_logits
-    from fedfactory_ray.data.sources import open_source
-    from fedfactory_ray.devices import prepare_process
+    from fedfactory_ray.cluster.devices import prepare_process
+    from fedfactory_ray.data.readers import open_source
+    from fedfactory_ray.data.source import Task
     from fedfactory_ray.federation.expert import assign, fit_expert
-    from fedfactory_ray.storage import Storage
-    from fedfactory_ray.synthesis.synthesize import MANIFEST, Shard
+    from fedfactory_ray.storage.files import Storage
+    from fedfactory_ray.storage.layout import MANIFEST
+    from fedfactory_ray.synthesis.shard import Shard
 
     device = prepare_process(config.resources.client, torch.device("cpu"))
     storage, source = Storage(uri), open_source(config.data)
@@ -66,9 +69,9 @@ def experts(config: Config, options: argparse.Namespace) -> Table:
     """How many real images among those of its own classes an expert should see, on the real validation split."""
     import torch
 
+    from fedfactory_ray.classification.ensemble import mixture, product
     from fedfactory_ray.classification.evaluation import evaluate
-    from fedfactory_ray.data.sources import open_source
-    from fedfactory_ray.experts import mixture, product
+    from fedfactory_ray.data.readers import open_source
 
     storage, stored = stored_run(options)
     stored = changed(stored, classifier={"epochs": config.classifier.epochs})
@@ -94,17 +97,17 @@ def samplers(config: Config, options: argparse.Namespace) -> Table:
     import torch
 
     from fedfactory_ray.classification.evaluation import evaluate
-    from fedfactory_ray.classification.models import Task
     from fedfactory_ray.classification.prediction import load_network, predict_logits
     from fedfactory_ray.classification.rows import Rows
     from fedfactory_ray.classification.training import fit
-    from fedfactory_ray.cluster import connect, make_plan
-    from fedfactory_ray.data.sources import open_source
-    from fedfactory_ray.devices import resolve_precision
+    from fedfactory_ray.cluster.devices import resolve_precision
+    from fedfactory_ray.cluster.plan import connect, make_plan
+    from fedfactory_ray.data.readers import open_source
+    from fedfactory_ray.data.source import Task
     from fedfactory_ray.generation.card import ModuleCard
     from fedfactory_ray.generation.module import load_weights, make_denoiser
     from fedfactory_ray.generation.sampling import draw_images
-    from fedfactory_ray.storage import Storage
+    from fedfactory_ray.storage.files import Storage
     from fedfactory_ray.synthesis.plan import make_units
     from fedfactory_ray.synthesis.shard import to_table
 

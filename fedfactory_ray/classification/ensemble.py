@@ -39,3 +39,16 @@ class Ensemble(nn.Module):
         """The package's one transform (`data.transforms.to_tensor`), every expert's network, product."""
         pixels = images.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
         return product(torch.stack([network(pixels) for network in self.experts])).exp().float()
+
+
+class Predictor(nn.Module):
+    """A fitted classifier for users: uint8 images (n, H, W, C) in, float32 probabilities (n, classes) out."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The package's one transform (`data.transforms.to_tensor`), the network, softmax."""
+        pixels = images.permute(0, 3, 1, 2).to(torch.float32) / 127.5 - 1.0
+        return torch.softmax(self.network(pixels), dim=1)

@@ -1,4 +1,4 @@
-"""Measure what the main job costs here and what a choice brings: python jobs/benchmark.py WHAT [--section.field ...]
+"""Measure what the main job costs here and what a choice brings: python -m benchmarks WHAT [--section.field ...]
 
     overhead    a whole run against bare loops of the same work on the same cores; bytes against one round of FedAvg
     clients     time from 5 to 10 to 20 clients, from 1 to 2 actors, and the overhead a client at 100 tiny ones
@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from fedfactory_ray.command_line import exit_status, job_console, parse
 from fedfactory_ray.errors import ConfigError
+from fedfactory_ray.settings.command_line import exit_status, job_console, parse
 
 COST = ("overhead", "clients", "memory")
 CHOICES = ("samplers", "experts")
@@ -34,7 +34,7 @@ def main() -> None:
     if options.what in CHOICES and not options.run:
         raise ConfigError([f"{options.what} needs --run runs/<name>, the folder of a finished run"])
     # Heavy imports only once the configuration stands.
-    from fedfactory_ray.benchmark import choices, cost
+    from benchmarks import choices, cost
 
     measure = getattr(cost if options.what in COST else choices, options.what)
     job_console().print(measure(config, options))

@@ -319,21 +319,3 @@ class FederatedConfig(Section):
     """Every so-many-th training image of each (client, class) is held back for the choice of the round."""
     checkpoint_every: int = Field(10, ge=1)
     """Rounds between checkpoints, from which a broken run goes on."""
-
-
-class StorageConfig(Section):
-    """Where a run is kept."""
-
-    uri: str = "runs"
-    """Folder of all runs: a local path, a shared folder, or an s3:// or gs:// address."""
-    checkpoint_seconds: float = Field(60.0, gt=0)
-    """Time between the checkpoints of a module's training, from which it goes on after a failure."""
-
-
-class TrackingConfig(Section):
-    """Where the run is logged."""
-
-    uri: str | None = None
-    """MLflow tracking URI; default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
-    experiment: str = "fedfactory"
-    """MLflow experiment."""

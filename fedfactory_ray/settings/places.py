@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from fedfactory_ray.sections import Section
+from fedfactory_ray.settings.sections import Section
 
 
 class WorkerResources(Section):
@@ -31,3 +31,21 @@ class ResourcesConfig(Section):
     """Number of Ray Train workers; part of what determines the classifier."""
     max_actors: int | None = Field(None, ge=1)
     """Upper bound of the client and of the synthesis actors; default: as many as fit."""
+
+
+class StorageConfig(Section):
+    """Where a run is kept."""
+
+    uri: str = "runs"
+    """Folder of all runs: a local path, a shared folder, or an s3:// or gs:// address."""
+    checkpoint_seconds: float = Field(60.0, gt=0)
+    """Time between the checkpoints of a module's training, from which it goes on after a failure."""
+
+
+class TrackingConfig(Section):
+    """Where the run is logged."""
+
+    uri: str | None = None
+    """MLflow tracking URI; default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
+    experiment: str = "fedfactory"
+    """MLflow experiment."""

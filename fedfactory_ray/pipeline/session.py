@@ -15,20 +15,17 @@ import pyarrow.parquet as pq
 import ray
 from rich.console import Console
 
-from fedfactory_ray import tracking
-from fedfactory_ray.cluster import Plan, connect, make_plan
-from fedfactory_ray.config import SETTINGS, Config, flatten
+from fedfactory_ray.cluster.plan import Plan, connect, make_plan
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.errors import FedFactoryError, ForgottenError, RunConflictError
 from fedfactory_ray.federation.exchange import digest, import_modules
-from fedfactory_ray.storage import Storage
-from fedfactory_ray.survey import survey
+from fedfactory_ray.pipeline.survey import survey
+from fedfactory_ray.settings.config import Config, flatten
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import FORGETTING, FORGOTTEN, SECONDS, SETTINGS
 from fedfactory_ray.synthesis.plan import check_validation
-
-SECONDS = "seconds.json"
-FORGETTING, FORGOTTEN = "forgetting.json", "forgotten.json"
-"""In a run that jobs/unlearn.py has not finished; and all that is left of a run which had to forget."""
+from fedfactory_ray.tracking import runs as tracking
 
 
 @dataclass

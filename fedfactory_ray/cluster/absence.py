@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from fedfactory_ray.cluster import refuse_unknown_places
-from fedfactory_ray.config import Config
+from fedfactory_ray.cluster.plan import refuse_unknown_places
 from fedfactory_ray.errors import ResourcesError
+from fedfactory_ray.settings.config import Config
 
 AWAY_SECONDS = 600.0
 """A natural silo whose nodes are gone for so long is given up."""

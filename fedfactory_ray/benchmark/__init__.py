@@ -1,1 +1,0 @@
-"""Measurements for jobs/benchmark.py: what the system costs here, and what a choice brings."""

@@ -1,0 +1,1 @@
+"""The Ray cluster: what runs where, on which device, and whom it has lost."""

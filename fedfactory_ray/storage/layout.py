@@ -1,0 +1,73 @@
+"""A run's folder: the name of every file and folder in it. Whoever lists files imports this alone."""
+
+from __future__ import annotations
+
+import re
+
+METHOD, PRODUCT, MIXTURE = "fedfactory", "product", "mixture"
+"""Names in tables and logs: Architecture I's classifier, Architecture II's two ways to combine experts."""
+CENTRALISED, LOCAL = "centralised", "local"
+"""The classifier on all real images; each client's on its own."""
+
+CARD, WEIGHTS = "card.json", "model.safetensors"
+"""Files of an artefact's folder: what it is, written last; and its weights."""
+
+CONFIG, SETTINGS = "config.json", "settings.json"
+"""The settings that determine the run, which claim its folder; and the whole configuration of its last start."""
+PARTITION, INDICES = "partition.json", "partition.parquet"
+"""The partition's digest and counts; and who holds which training images."""
+MANIFEST = "manifest.json"
+"""The units of the synthetic data set, in order; written after all of them."""
+EVALUATION, ENVIRONMENT, SECONDS = "evaluation.json", "environment.json", "seconds.json"
+"""Scores; hardware and versions on which a start of the run ended; seconds of each phase."""
+TABLE, PLOT = "comparison.json", "comparison.png"
+"""What jobs/compare.py found."""
+PENDING, FORGETTING, FORGOTTEN = "pending.json", "forgetting.json", "forgotten.json"
+"""The request, in a run that is being made into one that forgets; what its successor goes on with, until it is
+finished; and all that is left of a run which had to forget, beside CERTIFICATE, AUDIT and SETTINGS."""
+CERTIFICATE, AUDIT = "certificate.json", "audit.jsonl"
+"""How a request was fulfilled, in the successor; and a line for each request, in both runs."""
+TRIAL, BEST = "trial.json", "best.yaml"
+"""A trial's reports; a study's best configuration."""
+FILES = frozenset(
+    (
+        *(CONFIG, SETTINGS, PARTITION, INDICES, MANIFEST, EVALUATION, ENVIRONMENT, SECONDS, TABLE, PLOT),
+        *(PENDING, FORGETTING, CERTIFICATE, AUDIT),
+    )
+)
+"""What may lie in a run's folder itself, beside the folders below."""
+
+MODULES, SYNTHETIC, CLASSIFIERS, EXPERTS = "modules", "synthetic", "classifier", "experts"
+FEDERATED, TUNE = "federated", "tune"
+"""Checkpoints of federated methods; what Ray Tune keeps while a study runs."""
+MODULE_CARD = re.compile(rf"{MODULES}/(?P<client>[^/]+)/class-(?P<label>\d{{3,}})/{re.escape(CARD)}")
+
+
+def module_folder(client: str, label: int) -> str:
+    """Where a client's module of a class lies."""
+    return f"{MODULES}/{client}/class-{label:03d}"
+
+
+def unit_file(client: str, label: int, index: int) -> str:
+    """The Parquet file of a unit of synthetic images."""
+    return f"{SYNTHETIC}/class-{label:03d}/{client}-{index:05d}.parquet"
+
+
+def classifier_folder(name: str) -> str:
+    """Where a classifier lies: the factory's, the reference, or a federated method's."""
+    return f"{CLASSIFIERS}/{name}"
+
+
+def lone_classifier(client: str) -> str:
+    """Name of the classifier that a client fitted on its own images alone."""
+    return f"{LOCAL}-{client}"
+
+
+def expert_folder(client: str) -> str:
+    """Where a client's expert lies."""
+    return f"{EXPERTS}/{client}"
+
+
+def trainer_folder(name: str, fingerprint: str) -> str:
+    """Where Ray Train keeps checkpoints of a classifier's fit."""
+    return f"train-{name}-{fingerprint[:16]}"
