@@ -14,8 +14,18 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.cost import changed
-from fedfactory_ray.settings.config import Config
-from fedfactory_ray.storage.layout import SETTINGS
+from fedfactory_ray.settings.config import Config, upgraded
+from fedfactory_ray.storage.layout import (
+    INDICES,
+    MANIFEST,
+    MODULE_CARD,
+    MODULES,
+    PARTITION,
+    SETTINGS,
+    SYNTHETIC,
+    WEIGHTS,
+    expert_folder,
+)
 
 SOLVERS = [("dpmpp", 6), ("dpmpp", 10), ("dpmpp", 20), ("heun", 11), ("heun", 19), ("heun", 35)]
 SHARES = (1.0, 0.25, 0.0)
@@ -26,7 +36,7 @@ def stored_run(options: argparse.Namespace) -> tuple[Any, Config]:
     from fedfactory_ray.storage.files import Storage
 
     storage = Storage(options.run)
-    tree = storage.read_json(SETTINGS)
+    tree = upgraded(storage.read_json(SETTINGS))
     threads = {name: {"threads": tree["resources"][name]["threads"]} for name in ("client", "synthesis", "classifier")}
     return storage, Config.model_validate(tree | {"resources": threads})
 
@@ -40,28 +50,27 @@ def expert_logits(config: Config, uri: str, client: str) -> Any:
     from fedfactory_ray.classification.models import make_classifier
     from fedfactory_ray.classification.prediction import predict_logits
     from fedfactory_ray.cluster.devices import prepare_process
+    from fedfactory_ray.data.partition import Partition
     from fedfactory_ray.data.readers import open_source
     from fedfactory_ray.data.source import Task
     from fedfactory_ray.federation.expert import assign, fit_expert
     from fedfactory_ray.storage.files import Storage
-    from fedfactory_ray.storage.layout import MANIFEST
     from fedfactory_ray.synthesis.shard import Shard
 
-    device = prepare_process(config.resources.client, torch.device("cpu"))
+    device = prepare_process(config.resources.client.threads, torch.device("cpu"))
     storage, source = Storage(uri), open_source(config.data)
     real = source.images("val")
     task = Task(len(source.class_names), real.shape[3], real.shape[1])
-    table = pq.read_table(storage.path("partition.parquet"), filesystem=storage.filesystem).to_pandas()
-    mine = table[table["client"] == client]
-    share = {int(label): rows["index"].to_numpy() for label, rows in mine.groupby("label")}
+    table = pq.read_table(storage.path(INDICES), filesystem=storage.filesystem)
+    partition = Partition.from_table(table, task.classes)
     manifest = [Shard(**line) for line in storage.read_json(MANIFEST)]
     network = make_classifier(config.classifier.model, task, config.classifier.norm)
     with tempfile.TemporaryDirectory() as scratch:
-        os.symlink(storage.path("synthetic"), f"{scratch}/synthetic")
+        os.symlink(storage.path(SYNTHETIC), f"{scratch}/{SYNTHETIC}")
         fitted = Storage(scratch)
-        for _ in fit_expert(config, assign(config, client, share, manifest, [], task), source, fitted, device):
+        for _ in fit_expert(config, assign(config, client, partition, manifest, [], task), source, fitted, device):
             pass
-        network.load_state_dict(safetensors.torch.load(fitted.read(f"experts/{client}/model.safetensors")))
+        network.load_state_dict(safetensors.torch.load(fitted.read(f"{expert_folder(client)}/{WEIGHTS}")))
     return predict_logits(network.eval(), real, device)
 
 
@@ -76,7 +85,7 @@ def experts(config: Config, options: argparse.Namespace) -> Table:
     storage, stored = stored_run(options)
     stored = changed(stored, classifier={"epochs": config.classifier.epochs})
     labels = open_source(stored.data).labels("val")
-    clients = storage.read_json("partition.json")["clients"]
+    clients = storage.read_json(PARTITION)["clients"]
     table = Table("real_share", "lone experts, mean", "mixture", "product [95 %]")
     for share in SHARES:
         chosen = changed(stored, experts={"real_share": share})
@@ -112,7 +121,7 @@ def samplers(config: Config, options: argparse.Namespace) -> Table:
     from fedfactory_ray.synthesis.shard import to_table
 
     storage, config = stored_run(options)
-    cards = [ModuleCard.from_json(storage.read(n)) for n in storage.names("modules") if n.endswith("card.json")]
+    cards = [ModuleCard.from_json(storage.read(n)) for n in storage.names(MODULES) if MODULE_CARD.fullmatch(n)]
     units = make_units(cards, options.images, config.synthesis.unit_size, config.seed)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     precision = resolve_precision(config.generator.precision, device)
@@ -127,7 +136,7 @@ def samplers(config: Config, options: argparse.Namespace) -> Table:
         began, tables = time.monotonic(), []
         for card in cards:
             denoiser = make_denoiser(card)
-            load_weights(denoiser, storage.read(f"{card.folder}/model.safetensors"), card)
+            load_weights(denoiser, storage.read(f"{card.folder}/{WEIGHTS}"), card)
             for unit in units:
                 if (unit.client, unit.label) == card.key:
                     size = config.synthesis.batch_size

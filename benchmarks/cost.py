@@ -51,7 +51,7 @@ def bare_modules(config: Config, shares: list[tuple[str, int, np.ndarray]]) -> f
     from fedfactory_ray.data.readers import open_source
     from fedfactory_ray.generation.training import train_denoiser
 
-    device = prepare_process(config.resources.client, torch.device("cpu"))
+    device = prepare_process(config.resources.client.threads, torch.device("cpu"))
     source = open_source(config.data)
     pictures = [torch.from_numpy(source.images("train", indices)) for _, _, indices in shares]
     began = time.monotonic()
@@ -69,7 +69,7 @@ def bare_drawing(config: Config, shape: tuple[int, int, int], units: list[int]) 
     from fedfactory_ray.generation.sampling import draw_images
     from fedfactory_ray.generation.unet import Denoiser
 
-    device = prepare_process(config.resources.synthesis, torch.device("cpu"))
+    device = prepare_process(config.resources.synthesis.threads, torch.device("cpu"))
     denoiser = Denoiser(config.generator, shape[2], shape[0]).eval()
     precision = resolve_precision(config.generator.precision, device)
     began = time.monotonic()
@@ -89,7 +89,7 @@ def bare_fit(config: Config, shape: tuple[int, int, int], classes: int, images: 
     from fedfactory_ray.data.source import Task
     from fedfactory_ray.synthesis.shard import image_column
 
-    device = prepare_process(config.resources.classifier, torch.device("cpu"))
+    device = prepare_process(config.resources.classifier.threads, torch.device("cpu"))
     noise = np.random.RandomState(0).randint(0, 256, (images, *shape)).astype(np.uint8)
     places = {"label": np.arange(images) % classes, "client": pa.array(["noise"] * images)}
     table = pa.table(

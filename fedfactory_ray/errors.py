@@ -67,6 +67,15 @@ class ModuleRefusedError(FedFactoryError):
         )
 
 
+class CardError(FedFactoryError):
+    """The card beside an artefact's files cannot be read; `newer`: by this version."""
+
+    def __init__(self, kind: str, found: str, *, newer: bool = False) -> None:
+        self.newer = newer
+        remedy = "a version of fedfactory_ray that knows it, or another --name" if newer else "the file as it was made"
+        super().__init__(f"The card of a {kind} cannot be read.\n  found:  {found}\n  needed: {remedy}")
+
+
 class ResourcesError(FedFactoryError):
     """The cluster can never run the plan, so it would hang."""
 

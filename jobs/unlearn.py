@@ -1,19 +1,15 @@
-"""Exact unlearning: python jobs/unlearn.py --run NAME --client CLIENT …, or: python jobs/unlearn.py verify FILE"""
+"""Exact unlearning: python jobs/unlearn.py forget --run NAME --client CLIENT …; python jobs/unlearn.py verify FILE"""
 
 from __future__ import annotations
 
 import argparse
 import getpass
+import os
 import sys
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from fedfactory_ray.settings.command_line import exit_status, job_console, stored_config
-from fedfactory_ray.unlearning.report import certificate_table
-
-if TYPE_CHECKING:
-    pass
 
 SETTINGS = (
     "Other settings (--storage.uri, --tracking.uri, --resources.…) as for jobs/run.py; the rest is the run's own."
@@ -21,60 +17,74 @@ SETTINGS = (
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The options of both forms of this job."""
-    parser = argparse.ArgumentParser(
-        description="Make a finished run one in which clients never took part, bit for bit, and delete the old one.",
-        epilog=f"{SETTINGS} `unlearn.py verify --help` explains the check of a certificate.",
+    """The job's two commands and their options."""
+    parser = argparse.ArgumentParser(description="Exact unlearning, and the check of its certificates.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    forgetting = commands.add_parser(
+        "forget",
+        help="make a finished run one in which clients never took part, bit for bit, and delete the old one",
+        epilog=SETTINGS,
         allow_abbrev=False,
     )
-    parser.add_argument("--run", required=True, metavar="NAME", help="the finished run, a folder below --storage.uri")
-    parser.add_argument("--client", required=True, nargs="+", metavar="CLIENT", help="whom to forget")
-    parser.add_argument("--classes", nargs="+", type=int, default=[], metavar="Y", help="only these classes of theirs")
-    parser.add_argument("--name", help="name of the new run; default: NAME-without-CLIENT")
-    parser.add_argument("--by", default=getpass.getuser(), metavar="WHO", help="who asks, for the audit log")
-    parser.add_argument(
+    forgetting.set_defaults(command=forget)
+    forgetting.add_argument("--run", required=True, metavar="NAME", help="the finished run, a folder of --storage.uri")
+    forgetting.add_argument("--client", required=True, nargs="+", metavar="CLIENT", help="whom to forget")
+    forgetting.add_argument(
+        "--classes", nargs="+", type=int, default=[], metavar="Y", help="only these of their classes"
+    )
+    forgetting.add_argument("--name", help="name of the new run; default: NAME-without-CLIENT")
+    forgetting.add_argument("--by", metavar="WHO", help="who asks, for the audit log; default: you")
+    forgetting.add_argument(
         "--allow-inexact",
         action="store_true",
         help="go on though the run was made on other hardware or versions; the certificate then says so",
     )
-    return parser
-
-
-def make_verify_parser() -> argparse.ArgumentParser:
-    """The options of `verify`."""
-    parser = argparse.ArgumentParser(
-        prog="unlearn.py verify",
-        description="Check a certificate against storage and MLflow.",
-        epilog=SETTINGS,
-        allow_abbrev=False,
+    checking = commands.add_parser(
+        "verify", help="check a certificate against storage and MLflow", epilog=SETTINGS, allow_abbrev=False
     )
-    parser.add_argument("certificate", help="path or address of certificate.json in its run's folder")
-    parser.add_argument(
+    checking.set_defaults(command=verify)
+    checking.add_argument("certificate", help="path or address of certificate.json in its run's folder")
+    checking.add_argument(
         "--retrain", action="store_true", help="also make the run without the client from nothing, and compare digests"
     )
     return parser
 
 
-def forget(arguments: list[str]) -> None:
-    """Fulfil a request."""
-    options, overrides = make_parser().parse_known_args(arguments)
+def forget(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Fulfil a request; returns the exit status."""
     config = stored_config(options.run, overrides)
     from fedfactory_ray.storage.files import Storage
+    from fedfactory_ray.storage.layout import CERTIFICATE
     from fedfactory_ray.unlearning.forget import forget as fulfil
+    from fedfactory_ray.unlearning.report import certificate_table
 
     console = job_console()
     certificate = fulfil(
-        config, options.client, options.classes, options.name, options.by, options.allow_inexact, console
+        config,
+        options.client,
+        options.classes,
+        console,
+        asked_by=options.by or who(),
+        successor=options.name,
+        allow_inexact=options.allow_inexact,
     )
     console.print(certificate_table(certificate))
-    place = Storage(config.storage.uri).within(certificate.request.successor).within("certificate.json").uri
+    place = Storage(config.storage.uri).within(certificate.request.successor).within(CERTIFICATE).uri
     console.print(f"certificate  {place}", soft_wrap=True, highlight=False)
     console.print(f"check it     python jobs/unlearn.py verify {place}", soft_wrap=True, highlight=False)
+    return 0
 
 
-def verify(arguments: list[str]) -> int:
+def who() -> str:
+    """The user's name, or number where the machine has no name for it, as in many containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return f"uid {os.getuid()}"
+
+
+def verify(options: argparse.Namespace, overrides: list[str]) -> int:
     """Check a certificate; returns the exit status: 1 where a check fails."""
-    options, overrides = make_verify_parser().parse_known_args(arguments)
     from fedfactory_ray.storage.files import Storage
 
     run = Storage(options.certificate).parent
@@ -82,7 +92,7 @@ def verify(arguments: list[str]) -> int:
     from fedfactory_ray.unlearning.verification import verify as check
 
     console = job_console()
-    _, checks = check(options.certificate, config, options.retrain, console)
+    _, checks = check(options.certificate, config, console, retrain=options.retrain)
     table = Table(title=f"certificate · {run.name}", title_justify="left", show_header=False)
     for each in checks:
         table.add_row(each.name, "[red]no[/red]: " + ", ".join(each.wrong[:5]) if each.wrong else "[green]yes[/green]")
@@ -92,10 +102,8 @@ def verify(arguments: list[str]) -> int:
 
 def main() -> None:
     """Run the job."""
-    arguments = sys.argv[1:]
-    if arguments[:1] == ["verify"]:
-        raise SystemExit(verify(arguments[1:]))
-    forget(arguments)
+    options, overrides = make_parser().parse_known_args()
+    raise SystemExit(options.command(options, overrides))
 
 
 if __name__ == "__main__":

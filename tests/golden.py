@@ -20,7 +20,7 @@ from rich.console import Console
 
 from fedfactory_ray.cluster.devices import environment
 from fedfactory_ray.comparison.compare import compare
-from fedfactory_ray.pipeline import phases as pipeline
+from fedfactory_ray.pipeline import phases
 from fedfactory_ray.settings.command_line import stored_config
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.unlearning.forget import forget
@@ -49,9 +49,16 @@ def make(folder: Path) -> dict[str, dict[str, str]]:
     def config(**changes: Any) -> Config:
         return Config.model_validate(SMALL | places | changes)
 
-    pipeline.run(config(name="silos", architecture="both"), OUT)
+    phases.run(config(name="silos", architecture="both"), OUT)
     found = {"silos, both architectures": digests(folder / "runs" / "silos")}
-    forget(stored_config("silos", ["--storage.uri", f"{folder}/runs"]), ["client-003"], [], "less", "x", False, OUT)
+    forget(
+        stored_config("silos", ["--storage.uri", f"{folder}/runs"]),
+        ["client-003"],
+        [],
+        OUT,
+        asked_by="x",
+        successor="less",
+    )
     found["silos, less client-003"] = digests(folder / "runs" / "less")
     dirichlet = config(name="dirichlet", partition={"scheme": "dirichlet", "clients": 3, "alpha": 0.3})
     compare(dirichlet, ["fedfactory", "local", "scaffold"], 1, OUT)

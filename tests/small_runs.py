@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import signal
@@ -11,10 +12,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
+from rich.console import Console
+
+from fedfactory_ray.data import readers
+from fedfactory_ray.pipeline import phases
+from fedfactory_ray.pipeline.report import Report, report_table
+from fedfactory_ray.settings.config import Config
 
 ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {
@@ -23,14 +32,62 @@ SMALL: dict[str, Any] = {
     "generator": {"channels": [8, 16], "min_steps": 40, "max_steps": 40, "batch_size": 16, "precision": "fp32"},
     "sampler": {"evaluations": 6},
     "synthesis": {"images_per_class": 40, "batch_size": 8, "unit_size": 8},
-    "classifier": {"epochs": 4, "batch_size": 16, "checkpoint_every": 1},
+    "classifier": {"epochs": 4, "batch_size": 16},
     "resources": {"classifier": {"threads": 1}, "max_actors": 1},
     "partition": {"scheme": "skew", "counts": [[40, 0, 10], [0, 25, 0], [0, 15, 30]]},
-    "storage": {"checkpoint_seconds": 0.2},
+    "storage": {"checkpoint_seconds": 0.2, "checkpoint_epochs": 1},
 }
 LONGEST = 600
 """Seconds after which a test counts as hanging."""
 CONTENT = ("modules/**/*.*", "synthetic/**/*.parquet", "manifest.json", "classifier/**/*.*", "partition.*")
+
+
+@dataclass
+class Finished:
+    """A run that this process made: its configuration, report and folder, and what was printed."""
+
+    config: Config
+    report: Report
+    folder: Path
+    printed: str
+
+
+def small_config(folder: Path, data: Path, **changes: Any) -> Config:
+    """The small job's configuration, its runs and MLflow's store in `folder`."""
+    places = {
+        "data": {"source": str(data)},
+        "storage": SMALL["storage"] | {"uri": str(folder / "runs")},
+        "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
+    }
+    return Config(**(SMALL | places | changes))
+
+
+def run_here(config: Config, folder: Path) -> Finished:
+    """Run the small job in this process."""
+    out = io.StringIO()
+    report = phases.run(config, Console(file=out, width=140))
+    Console(file=out, width=140).print(report_table(report))
+    return Finished(config, report, folder / "runs" / "small", out.getvalue())
+
+
+SOURCES = (readers.Digits, readers.ArrayFile, readers.Cifar10, readers.ImageFolder)
+"""Every kind of source that `open_source` makes."""
+
+
+def opens_nothing(patch: pytest.MonkeyPatch) -> None:
+    """From now on this process may open no source of images, of whatever kind."""
+
+    def forbidden(*_: Any) -> None:
+        raise AssertionError("the driver opened a source of images")
+
+    for kind in SOURCES:
+        patch.setattr(kind, "__init__", forbidden)
+
+
+def file_digests(folder: Path, pattern: str) -> dict[str, str]:
+    """Digests of the files that match, by file."""
+    found = [path for path in folder.glob(pattern) if path.is_file()]
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
 def start(folder: Path, data: Path, **changes: Any) -> subprocess.Popen[str]:
@@ -58,8 +115,7 @@ def finish(job: subprocess.Popen[str], folder: Path) -> dict[str, str]:
 
 def digests(run: Path) -> dict[str, str]:
     """Digests of what a run made, by file."""
-    files = [path for pattern in CONTENT for path in run.glob(pattern) if path.is_file()]
-    return {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    return {name: digest for pattern in CONTENT for name, digest in file_digests(run, pattern).items()}
 
 
 def copy_job(origin: Path, folder: Path) -> None:

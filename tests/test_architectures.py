@@ -13,15 +13,16 @@ import mlflow
 import numpy as np
 import pytest
 import ray
-from small_runs import copy_job
-from test_pipeline import Finished, file_digests, run, small_config
+from small_runs import Finished, copy_job, file_digests, opens_nothing, run_here, small_config
 
-from fedfactory_ray.cluster import slots
-from fedfactory_ray.federation import experts as ensemble
+from fedfactory_ray.cluster.actors import start_actor
+from fedfactory_ray.cluster.plan import Worker
+from fedfactory_ray.data.source import Task
+from fedfactory_ray.federation import experts
 from fedfactory_ray.generation.card import ModuleCard, ModuleHandle
 from fedfactory_ray.settings.config import Config
-from fedfactory_ray.settings.places import WorkerResources
 from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import MODULE_CARD, MODULES
 from fedfactory_ray.synthesis.plan import Unit, make_units
 from fedfactory_ray.synthesis.synthesize import Synthesizer
 
@@ -50,20 +51,12 @@ def data(undisturbed_folder: Path) -> Path:
 def both(cluster: None, undisturbed_folder: Path, folder: Path, data: Path) -> Both:
     """A run of Architecture I; then the same command with both, during which the driver may not open the data."""
     copy_job(undisturbed_folder, folder)
-    centralised = run(small_config(folder, data, baselines=("none",)), folder)
+    centralised = run_here(small_config(folder, data, baselines=("none",)), folder)
     stamps = {p: p.stat().st_mtime_ns for pattern in MADE for p in centralised.folder.glob(pattern) if p.is_file()}
-    patch = pytest.MonkeyPatch()
-
-    def forbidden(*_: Any) -> None:
-        raise AssertionError("the driver opened the clients' images")
-
-    patch.setattr("fedfactory_ray.data.readers.ArrayFile._read", forbidden)
-    try:
-        return Both(
-            centralised, run(small_config(folder, data, baselines=("none",), architecture="both"), folder), stamps
-        )
-    finally:
-        patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        opens_nothing(patch)
+        finished = run_here(small_config(folder, data, baselines=("none",), architecture="both"), folder)
+    return Both(centralised, finished, stamps)
 
 
 def without_experts(both: Both, folder: Path) -> None:
@@ -87,7 +80,7 @@ def test_experts_alone_and_together_are_evaluated_beside_the_classifier(both: Bo
     assert list(report.experts) == CLIENTS
     assert report.missing == {}
     assert report.main == "fedfactory"
-    assert report.evaluations["product"].images == 60
+    assert report.evaluations["product"].n_images == 60
     assert report.evaluations["product"].accuracy.value > 0.6
     gain = report.evaluations["product"].accuracy.value - report.evaluations["fedfactory"].accuracy.value
     assert report.differences["fedfactory"].accuracy.value == pytest.approx(gain)
@@ -149,10 +142,10 @@ def test_experts_do_not_depend_on_the_number_of_actors_nor_on_the_classifier(
     without_experts(both, tmp_path)
     resources = {"max_actors": 2, "classifier": {"threads": 1}}
     config = small_config(tmp_path, data, resources=resources, baselines=("none",), architecture="decentralised")
-    alone = run(config, tmp_path)
-    experts = file_digests(both.finished.folder, "experts/**/*.*")
-    assert len(experts) == 6
-    assert file_digests(alone.folder, "experts/**/*.*") == experts
+    alone = run_here(config, tmp_path)
+    fitted = file_digests(both.finished.folder, "experts/**/*.*")
+    assert len(fitted) == 6
+    assert file_digests(alone.folder, "experts/**/*.*") == fitted
     assert not (alone.folder / "classifier").exists()
     assert list(alone.report.evaluations) == ["product", "mixture"]
     assert alone.report.main == "product"
@@ -163,7 +156,7 @@ def test_experts_do_not_depend_on_the_number_of_actors_nor_on_the_classifier(
 
 def test_a_client_that_draws_a_unit_itself_gets_the_bytes_of_the_pool(both: Both, tmp_path: Path) -> None:
     config, pool = both.finished.config, Storage(str(both.finished.folder))
-    cards = [ModuleCard.from_json(pool.read(name)) for name in pool.names("modules") if name.endswith("card.json")]
+    cards = [ModuleCard.from_json(pool.read(name)) for name in pool.names(MODULES) if MODULE_CARD.fullmatch(name)]
     received = {
         card.key: ModuleHandle(card, ray.put(pool.read(f"{card.folder}/model.safetensors")))
         for card in cards
@@ -171,7 +164,7 @@ def test_a_client_that_draws_a_unit_itself_gets_the_bytes_of_the_pool(both: Both
     }
 
     def draw(modules: dict[tuple[str, int], ModuleHandle], units: list[Unit]) -> list[str]:
-        own = Synthesizer(config, WorkerResources(num_gpus=0), Storage(str(tmp_path)), modules)
+        own = Synthesizer(config, 1, Storage(str(tmp_path)), modules)
         columns = {name: np.array([getattr(unit, name) for unit in units]) for name in Unit.__dataclass_fields__}
         return list(own(columns)["rows_sha256"])
 
@@ -187,16 +180,16 @@ def test_a_client_that_draws_a_unit_itself_gets_the_bytes_of_the_pool(both: Both
     assert drawn == {file: digest for file, digest in there.items() if "client-001" not in file}
 
 
-def frail_actor(folder: Path) -> Any:
-    """An actor in which client-000 fails once, client-001 always kills its process, client-002 dies once."""
+def start_frail(folder: Path) -> Any:
+    """Starts actors in which client-000 fails once, client-001 always kills its process, client-002 dies once."""
 
     class Frail:
-        def __init__(self, config: Config, resources: WorkerResources, storage: Storage) -> None:
+        def __init__(self, config: Config, storage: Storage) -> None:
             from fedfactory_ray.cluster.devices import assigned_device, prepare_process
             from fedfactory_ray.data.readers import open_source
 
             self.config, self.storage, self.source = config, storage, open_source(config.data)
-            self.device = prepare_process(resources, assigned_device([]))
+            self.device = prepare_process(1, assigned_device([]))
 
         def fit_expert(self, assignment: Any) -> Iterator[Any]:
             from fedfactory_ray.federation.expert import fit_expert
@@ -211,7 +204,10 @@ def frail_actor(folder: Path) -> Any:
                 if assignment.client == "client-001" or (assignment.client == "client-002" and first):
                     os._exit(1)
 
-    return ray.remote(Frail)
+    def start(config: Config, worker: Worker, storage: Storage, client: str) -> Any:
+        return start_actor(Frail, config, storage, **worker.options)
+
+    return start
 
 
 def test_a_missing_expert_is_named_and_the_others_are_multiplied(
@@ -220,14 +216,16 @@ def test_a_missing_expert_is_named_and_the_others_are_multiplied(
     without_experts(both, tmp_path)
     config = small_config(tmp_path, data, baselines=("none",), architecture="decentralised")
     with monkeypatch.context() as patch:
-        patch.setattr(slots, "ClientActor", frail_actor(tmp_path))
-        found = run(config, tmp_path)
+        patch.setattr(experts, "start_client", start_frail(tmp_path))
+        found = run_here(config, tmp_path)
     attempts = {client: (tmp_path / f"{client}-failed").stat().st_size for client in CLIENTS}
-    assert attempts == {"client-000": 2, "client-001": slots.ATTEMPTS, "client-002": 2}
+    assert attempts == {"client-000": 2, "client-001": config.resources.attempts, "client-002": 2}
     assert list(found.report.missing) == ["client-001"]
     assert list(found.report.experts) == ["client-000", "client-002"]
     assert "expert of client-001 is missing, the product is without it" in found.printed
     assert "accuracy, product of 2 experts, 1 MISSING" in found.printed
+    assert "client-000 is tried again, attempt 2 of 3: RuntimeError: frail" in found.printed
+    assert "expert of client-002: goes on from epoch 1 of 4" in found.printed
     assert list(Storage(str(found.folder)).read_json("evaluation.json")["missing_experts"]) == ["client-001"]
     model = mlflow.pyfunc.load_model(found.report.models["ensemble"])
     assert list(model.metadata.metadata["missing"]) == ["client-001"]
@@ -241,16 +239,13 @@ def test_no_expert_at_all_is_an_error(both: Both, data: Path, tmp_path: Path, mo
     from fedfactory_ray.federation.expert import Assignment
 
     class Broken:
-        def __init__(self, *_: Any) -> None:
-            pass
-
         def fit_expert(self, assignment: Any) -> Iterator[Any]:
             raise RuntimeError("out of memory")
             yield
 
-    monkeypatch.setattr(slots, "ClientActor", ray.remote(Broken))
+    monkeypatch.setattr(experts, "start_client", lambda config, worker, *_: start_actor(Broken, **worker.options))
     config = small_config(tmp_path, data)
-    assignment = Assignment("client-000", {0: np.arange(3)}, (), 0, Any)  # type: ignore[arg-type]
+    assignment = Assignment("client-000", {0: np.arange(3)}, (), 0, Task(3, 1, 8))
     worker = make_plan(config.resources).client
     with pytest.raises(ray.exceptions.RayTaskError, match="out of memory"):
-        ensemble.fit_experts(config, [assignment], worker, Storage(str(tmp_path)), lambda *_: None)
+        experts.collect_experts(config, [assignment], worker, Storage(str(tmp_path)), lambda *_: None)

@@ -42,10 +42,12 @@ def make_rows() -> Rows:
     return Rows(lambda: table, lambda: ray.data.from_arrow([table.slice(0, 100), table.slice(100)]), "digest", 240, 60)
 
 
-def config(workers: int, **classifier: object) -> Config:
-    recipe = {"epochs": 4, "batch_size": 16, "checkpoint_every": 2, "shift": 0.0, **classifier}
+def config(workers: int, in_memory_mb: int = 64, **classifier: object) -> Config:
+    recipe = {"epochs": 4, "batch_size": 16, "shift": 0.0, **classifier}
     resources = {"classifier_workers": workers, "classifier": {"num_cpus": 1 / workers, "threads": 1}}
-    return Config.model_validate({"classifier": recipe, "resources": resources})
+    resources |= {"in_memory_mb": in_memory_mb}
+    storage = {"checkpoint_epochs": 2}
+    return Config.model_validate({"classifier": recipe, "resources": resources, "storage": storage})
 
 
 def fit_here(settings: Config, folder: Path, heard: list[Epoch]) -> Classifier:
@@ -58,7 +60,7 @@ def test_a_classifier_is_fitted_held_or_streamed_by_two_workers(
     cluster: None, tmp_path: Path, in_memory_mb: int, epochs: int
 ) -> None:
     heard: list[Epoch] = []
-    classifier = fit_here(config(2, in_memory_mb=in_memory_mb, epochs=epochs), tmp_path, heard)
+    classifier = fit_here(config(2, in_memory_mb, epochs=epochs), tmp_path, heard)
     assert [epoch.epoch for epoch in heard] == list(range(1, epochs + 1))
     assert classifier.history == heard
     assert classifier.validation_accuracy > 0.9
@@ -100,7 +102,7 @@ def test_validation_rows_are_a_tenth_and_stay_when_rows_go() -> None:
     assert kept.equals(validation.filter(pa.compute.not_equal(validation["client"], "b")))
 
 
-def test_a_fit_whose_loss_is_never_finite_is_an_error_also_after_a_break(tmp_path: Path) -> None:
+def test_a_fit_whose_loss_is_never_finite_is_an_error_also_after_a_break() -> None:
     recipe = Config().classifier.model_copy(update={"learning_rate": 1e30, "epochs": 2})
     batches = HeldBatches(table_of(columns()), TASK.image_shape, 16, 0, 0, 1)
     diverging = Fit(recipe, TASK, 15, 0, torch.device("cpu"))
@@ -108,8 +110,7 @@ def test_a_fit_whose_loss_is_never_finite_is_an_error_also_after_a_break(tmp_pat
         list(diverging.epochs(batches, batches))
     assert diverging.best is None
     assert len(diverging.history) == 2
-    diverging.save(tmp_path)
     resumed = Fit(recipe, TASK, 15, 0, torch.device("cpu"))
-    resumed.load(tmp_path)
+    resumed.load(diverging.save())
     with pytest.raises(FloatingPointError):
         list(resumed.epochs(batches, batches))

@@ -14,7 +14,7 @@ from rich.console import Console
 from fedfactory_ray.baselines.methods import METHODS
 from fedfactory_ray.classification.evaluation import Difference, Interval
 from fedfactory_ray.comparison.compare import compare, method_names
-from fedfactory_ray.comparison.report import LONE, Comparison, Line, comparison_table, over_seeds
+from fedfactory_ray.comparison.report import LONE, Comparison, MethodLine, comparison_table, over_seeds
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.pipeline.session import run_name
 from fedfactory_ray.settings.command_line import job_console, make_config
@@ -29,8 +29,8 @@ def scores(accuracy: float) -> dict[str, float]:
 
 def comparison(accuracy: float, rounds: int) -> Comparison:
     lines = [
-        Line("centralised", scores(0.9), None, 1e6, 0, 10),
-        Line("fedavg", scores(accuracy), rounds, 2e6, 4e6, 20),
+        MethodLine("centralised", scores(0.9), None, 1e6, 0, 10),
+        MethodLine("fedavg", scores(accuracy), rounds, 2e6, 4e6, 20),
     ]
     return Comparison("digits", "runs/digits", lines, {"fedavg": [0.1, 0.2]})
 
@@ -85,7 +85,7 @@ def test_a_narrow_screen_shows_every_figure_whole() -> None:
 
 def test_a_log_shows_a_method_a_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
-    longest = Line(LONE, scores(0.9), 1, 1e9, 1e9, 10_000)
+    longest = MethodLine(LONE, scores(0.9), 1, 1e9, 1e9, 10_000)
     job_console().print(comparison_table(Comparison("digits", "runs/digits", [longest], {})))
     assert [line for line in capsys.readouterr().out.splitlines() if LONE in line and "0.9000 [0.8000, 1.0000]" in line]
 

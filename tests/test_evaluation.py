@@ -35,7 +35,7 @@ def test_metrics_computed_by_hand() -> None:
     assert found.balanced_accuracy.value == pytest.approx((2 / 3 + 1 + 1 / 2) / 3)
     assert found.confusion == [[2, 1, 0], [0, 1, 0], [1, 0, 1]]
     assert found.majority == pytest.approx(3 / 6)
-    assert found.images == 6
+    assert found.n_images == 6
     # F1 = 2 TP / (2 TP + FP + FN)
     assert found.macro_f1 == pytest.approx((4 / 6 + 2 / 3 + 2 / 3) / 3)
     assert found.nll == pytest.approx(-sum(math.log(p) for p in (0.7, 0.6, 0.2, 0.8, 0.4, 0.4)) / 6)
@@ -241,5 +241,5 @@ def test_scalars_are_flat_and_complete() -> None:
     assert scalars["accuracy_low"] == found.accuracy.low
     assert scalars["balanced_accuracy_high"] == found.balanced_accuracy.high
     assert [scalars[f"recall_class_{y}"] for y in range(3)] == found.recall
-    single = {f.name for f in dataclasses.fields(found)} - {"recall", "confusion", "images"}
+    single = {f.name for f in dataclasses.fields(found)} - {"recall", "confusion", "n_images"}
     assert single <= set(scalars)

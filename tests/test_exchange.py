@@ -20,6 +20,7 @@ from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.generation.unet import Denoiser
 from fedfactory_ray.pipeline.session import find_refusal
 from fedfactory_ray.settings.sections import GeneratorConfig
+from fedfactory_ray.storage.artefact import keep
 from fedfactory_ray.storage.files import Storage
 
 INFO = DataInfo(["a", "b"], 8, 1, {})
@@ -29,12 +30,11 @@ GENERATOR = GeneratorConfig(channels=(8,))
 def write_module(folder: Path, client: str, label: int) -> Path:
     torch.manual_seed(label)
     weights = module.pack(Denoiser(GENERATOR, 1, 8), half=True)
-    card = ModuleCard(
-        *(client, label, 5, 1, 8, 10, "fp32", GENERATOR.model_dump(mode="json")), module.digest(weights), len(weights)
-    )
+    settings, files = GENERATOR.model_dump(mode="json"), {"model.safetensors": module.digest(weights)}
+    card = ModuleCard(client, label, 5, 1, 8, 10, "fp32", settings, len(weights), files=files)
     storage = Storage(str(folder))
     storage.write(f"{card.folder}/model.safetensors", weights)
-    storage.write(f"{card.folder}/card.json", card.to_json())
+    keep(storage, card)
     return folder / card.folder
 
 
@@ -83,7 +83,7 @@ def truncate(folder: Path) -> None:
 def pickled(folder: Path) -> None:
     weights = pickle.dumps({"unet.conv_in.weight": [0.0]})
     (folder / "model.safetensors").write_bytes(weights)
-    change_card(folder, sha256=module.digest(weights), size=len(weights))
+    change_card(folder, files={"model.safetensors": module.digest(weights)}, size=len(weights))
 
 
 def rename(folder: Path) -> None:
@@ -104,10 +104,13 @@ def other_network(folder: Path) -> None:
         (rename, "south", "it lies in the folder of 'south', class 0, its card says 'north', 0"),
         (other_network, "north", r"tensor .* of shape"),
         (lambda folder: change_card(folder, generator={"channels": [7]}), "north", "multiple of norm_groups"),
-        (lambda folder: change_card(folder, extra=1), "north", "its card cannot be read"),
+        (lambda folder: change_card(folder, extra=1), "north", r"its card cannot be read[\s\S]*extra of format 1"),
+        (lambda folder: change_card(folder, format=2, more=1), "north", r"more of format 2, where 1 is known"),
+        (lambda folder: change_card(folder, n_images="many"), "north", r"its card cannot be read[\s\S]*n_images"),
+        (lambda folder: change_card(folder, files={"model.safetensors": "0", "x": "0"}), "north", "it is of files"),
         (lambda folder: (folder / "card.json").write_text("{"), "north", "its card cannot be read"),
         (lambda folder: change_card(folder, resolution=16), "north", "side 16"),
-        (lambda folder: change_card(folder, images=0), "north", "trained on 0 images"),
+        (lambda folder: change_card(folder, n_images=0), "north", "trained on 0 images"),
         (lambda folder: (folder / "model.safetensors").unlink(), "north", "model.safetensors is missing"),
     ],
 )

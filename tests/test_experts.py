@@ -12,7 +12,7 @@ from torch import nn
 from fedfactory_ray.classification.ensemble import Ensemble, Predictor, mixture, product
 from fedfactory_ray.classification.evaluation import Interval, paired_difference
 from fedfactory_ray.classification.models import make_classifier
-from fedfactory_ray.classification.prediction import compare
+from fedfactory_ray.classification.prediction import score
 from fedfactory_ray.data.source import Task
 
 CASES = given(st.integers(1, 6), st.integers(1, 8), st.integers(2, 7), st.integers(0, 10_000))
@@ -161,7 +161,7 @@ def test_classifiers_and_experts_are_compared_on_the_same_images() -> None:
 
     experts = {f"client-{k}": skilled(1.5) for k in range(5)}
     classifier = skilled(1.0)
-    found = compare({"fedfactory": classifier}, experts, {}, labels, 0, {})
+    found = score({"fedfactory": classifier}, experts, {}, labels, 0, {})
     assert list(found.evaluations) == ["fedfactory", "product", "mixture"]
     assert list(found.experts) == list(experts)
     lone = [float((logits.argmax(1).numpy() == labels).mean()) for logits in experts.values()]
@@ -176,5 +176,5 @@ def test_classifiers_and_experts_are_compared_on_the_same_images() -> None:
 
 
 def test_without_experts_nothing_is_combined() -> None:
-    found = compare({"fedfactory": some_logits(1, 9, 3, 0)[0]}, {}, {}, np.arange(9) % 3, 0, {})
+    found = score({"fedfactory": some_logits(1, 9, 3, 0)[0]}, {}, {}, np.arange(9) % 3, 0, {})
     assert (list(found.evaluations), found.experts, found.differences) == (["fedfactory"], {}, {})

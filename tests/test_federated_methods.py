@@ -24,7 +24,7 @@ STEPS, RATE = 10, 0.05
 
 @dataclass
 class Client:
-    images: int
+    n_images: int
     gradient: Callable[[Tensor], Tensor]
 
 
@@ -46,7 +46,7 @@ def quadratics(seed: int = 0, clients: int = 5, size: int = 4) -> Problem:
         a = basis @ torch.diag(0.5 + 2.5 * torch.rand(size, generator=draw, dtype=torch.float64)) @ basis.T
         b = 3 * torch.randn(size, generator=draw, dtype=torch.float64)
         found.append(Client(10 * (i + 1), lambda x, a=a, b=b: a @ (x - b)))
-        hessian, pull = hessian + found[-1].images * a, pull + found[-1].images * a @ b
+        hessian, pull = hessian + found[-1].n_images * a, pull + found[-1].n_images * a @ b
     return Problem(found, torch.linalg.solve(hessian, pull), torch.zeros(size, dtype=torch.float64))
 
 
@@ -76,7 +76,7 @@ def run(
     draw = torch.Generator().manual_seed(2)
     server = method.start_server(problem.start)
     states = [method.start_client(problem.start) for _ in problem.clients]
-    images = sum(client.images for client in problem.clients)
+    images = sum(client.n_images for client in problem.clients)
     for _ in range(rounds):
         chosen = torch.randperm(len(problem.clients), generator=draw)[:take].sort().values.tolist()
         received = {"weights": server["weights"]} | method.extras(server)
@@ -84,7 +84,7 @@ def run(
         for i in chosen:
             client = problem.clients[i]
             vectors, states[i] = train_locally(method, received, states[i], [client.gradient] * steps, rate)
-            updates.append(Update(client.images, vectors))
+            updates.append(Update(client.n_images, vectors))
         server = method.aggregate(server, updates, images)
     return server["weights"]
 
@@ -118,7 +118,7 @@ def test_they_do_so_when_only_some_clients_take_part(make: Callable[[], Problem]
 @pytest.mark.parametrize("take", [1, 3, None])
 def test_server_vectors_are_the_weighted_means_of_the_clients_whoever_takes_part(take: int | None) -> None:
     problem = quadratics()
-    total = sum(client.images for client in problem.clients)
+    total = sum(client.n_images for client in problem.clients)
     for method, ours, theirs in ((Scaffold(), "control", "control"), (FedDyn(2.0), "h", "gradient")):
         draw = torch.Generator().manual_seed(3)
         server = method.start_server(problem.start)
@@ -129,9 +129,9 @@ def test_server_vectors_are_the_weighted_means_of_the_clients_whoever_takes_part
             for i in torch.randperm(len(states), generator=draw)[:take].tolist():
                 client = problem.clients[i]
                 vectors, states[i] = train_locally(method, received, states[i], [client.gradient] * 4, RATE)
-                updates.append(Update(client.images, vectors))
+                updates.append(Update(client.n_images, vectors))
             server = method.aggregate(server, updates, total)
-        mean = sum(s[theirs] * c.images / total for s, c in zip(states, problem.clients, strict=True))
+        mean = sum(s[theirs] * c.n_images / total for s, c in zip(states, problem.clients, strict=True))
         torch.testing.assert_close(server[ours], mean, rtol=1e-12, atol=1e-12)
 
 
@@ -189,10 +189,10 @@ def test_one_full_batch_step_a_round_is_centralised_gradient_descent(
     make: Callable[[], Problem], method: Method
 ) -> None:
     problem = make()
-    total = sum(client.images for client in problem.clients)
+    total = sum(client.n_images for client in problem.clients)
     weights = problem.start.clone()
     for _ in range(30):
-        weights = weights - RATE * sum(c.gradient(weights) * (c.images / total) for c in problem.clients)
+        weights = weights - RATE * sum(c.gradient(weights) * (c.n_images / total) for c in problem.clients)
     torch.testing.assert_close(run(method, problem, 30, steps=1), weights, rtol=1e-13, atol=1e-13)
 
 
@@ -225,9 +225,9 @@ def test_the_readmes_method_is_gradient_descent_with_momentum() -> None:
     names: dict[str, Any] = {"METHODS": {}}
     exec(code, names)
     problem = quadratics()
-    total = sum(client.images for client in problem.clients)
+    total = sum(client.n_images for client in problem.clients)
     weights, velocity = problem.start.clone(), torch.zeros_like(problem.start)
     for _ in range(15):
-        velocity = 0.9 * velocity + RATE * sum(c.gradient(weights) * (c.images / total) for c in problem.clients)
+        velocity = 0.9 * velocity + RATE * sum(c.gradient(weights) * (c.n_images / total) for c in problem.clients)
         weights = weights - velocity
     torch.testing.assert_close(run(names["METHODS"]["fedavgm"](FederatedConfig()), problem, 15, steps=1), weights)

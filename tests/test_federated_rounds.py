@@ -4,38 +4,34 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import pytest
 import ray
 import torch
 from conftest import write_npz
+from in_process import Starts
+from small_runs import opens_nothing
 
 from fedfactory_ray.baselines import client as actors
-from fedfactory_ray.baselines import rounds
 from fedfactory_ray.baselines.fedavg import FedAvg
 from fedfactory_ray.baselines.learner import Learner, unpack
 from fedfactory_ray.baselines.methods import METHODS, SHARED
-from fedfactory_ray.baselines.rounds import Federation, Round
+from fedfactory_ray.baselines.rounds import Federation, Round, replies_of
 from fedfactory_ray.classification.models import make_classifier
-from fedfactory_ray.cluster import absence
 from fedfactory_ray.cluster.plan import Worker
 from fedfactory_ray.data.partition import Partition, held_elsewhere, make_partition
 from fedfactory_ray.data.source import Task
 from fedfactory_ray.errors import PartitionError, ResourcesError
 from fedfactory_ray.settings.config import Config
-from fedfactory_ray.settings.places import WorkerResources
 from fedfactory_ray.storage.files import Storage
 
 TASK = Task(classes=3, channels=1, resolution=8)
 COUNTS = ((12, 12, 0), (0, 20, 11), (15, 0, 0), (4, 3, 5), (0, 0, 20))
-FEDERATED = {
-    **{"rounds": 4, "local_epochs": 1, "client_fraction": 0.6, "feddyn_lr": 0.1},
-    **{"checkpoint_every": 2, "validation_every": 5},
-}
+FEDERATED = {"rounds": 4, "local_epochs": 1, "client_fraction": 0.6, "feddyn_lr": 0.1, "validation_every": 5}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +47,7 @@ def config(data: Path, **federated: Any) -> Config:
             "classifier": {"batch_size": 8, "epochs": 2},
             "synthesis": {"images_per_class": 16, "batch_size": 16, "unit_size": 16},
             "federated": FEDERATED | federated,
+            "storage": {"checkpoint_rounds": 2},
         }
     )
 
@@ -85,10 +82,7 @@ def test_weights_depend_neither_on_the_number_of_actors_nor_on_deaths_and_breaks
     settings = config(data)
     partition = deal(settings, data)
 
-    def forbidden(*_: Any) -> None:
-        raise AssertionError("the driver opened the clients' images")
-
-    monkeypatch.setattr("fedfactory_ray.data.readers.ArrayFile._read", forbidden)
+    opens_nothing(monkeypatch)
     found: dict[int, dict[str, Any]] = {1: {}, 2: {}}
     for slots in (2, 1):
         storage = Storage(str(tmp_path / str(slots)))
@@ -125,16 +119,15 @@ def rounds_of_alone(federation: Federation) -> dict[str, str]:
 
 
 @pytest.fixture
-def waited(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, Any]], list[Any]]:
+def waited() -> Callable[[dict[str, Any]], list[Any]]:
     """Waits for a reply of each named silo; there is no node for the silo "moon"."""
 
     def wait(replies: dict[str, Any]) -> list[Any]:
-        monkeypatch.setattr(absence, "AWAY_SECONDS", 3.0)
         labels = {"moon": {"site": "moon"}}
         silos = [{"name": name, "source": "a.npz", "labels": labels.get(name, {})} for name in replies]
-        federation = object.__new__(Federation)
-        federation.config = Config.model_validate({"partition": {"scheme": "natural", "silos": silos}})
-        return list(federation.replies({reply: name for name, reply in replies.items()}))
+        natural = {"partition": {"scheme": "natural", "silos": silos}, "resources": {"away_seconds": 3.0}}
+        config = Config.model_validate(natural)
+        return list(replies_of({reply: name for name, reply in replies.items()}, config))
 
     return wait
 
@@ -169,14 +162,11 @@ def test_what_a_client_refuses_is_told_while_others_are_at_work_or_away(cluster:
     ray.kill(at_moon)
 
 
-def test_a_method_without_one_of_its_silos_ends(
-    cluster: None, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_method_without_one_of_its_silos_ends(cluster: None, data: Path, tmp_path: Path) -> None:
     from fedfactory_ray.baselines.alone import fit_alone
 
-    monkeypatch.setattr(absence, "AWAY_SECONDS", 1.0)
     silos = [{"name": "moon", "source": "a.npz", "labels": {"site": "moon"}}]
-    natural = {"partition": {"scheme": "natural", "silos": silos}}
+    natural = {"partition": {"scheme": "natural", "silos": silos}, "resources": {"away_seconds": 1.0}}
     settings = Config.model_validate(config(data).model_dump(mode="json") | natural)
     partition = Partition(3, {"moon": {0: np.arange(20)}})
     with Federation(settings, partition, TASK, Worker(1.0, 0.0, 1, 1), Storage(str(tmp_path))) as federation:
@@ -186,62 +176,25 @@ def test_a_method_without_one_of_its_silos_ends(
             fit_alone(federation, lambda done: None)
 
 
-# With references that are values
-
-
-class Called:
-    def __init__(self, function: Any, returns: int = 1) -> None:
-        self.function, self.returns = function, returns
-
-    def options(self, num_returns: int) -> Called:
-        return Called(self.function, num_returns)
-
-    def remote(self, *arguments: Any) -> Any:
-        result = self.function(*arguments)
-        return list(result) if self.returns > 1 else result
-
-
-class Here:
-    """Stands for an actor class, whose actors live in this process."""
-
-    options_given: ClassVar[list[dict[str, Any]]] = []
-
-    def __init__(self, kind: Any) -> None:
-        self.kind = kind.__ray_metadata__.modified_class
-
-    def options(self, **given: Any) -> Here:
-        self.options_given.append(given)
-        return self
-
-    def remote(self, *arguments: Any) -> Any:
-        actor = self.kind(*arguments)
-        public = [name for name in dir(actor) if not name.startswith("_") and callable(getattr(actor, name))]
-        return SimpleNamespace(**{name: Called(getattr(actor, name)) for name in public}, id=id(actor))
-
-
-def all_ready(found: list[Any], num_returns: int, **_: Any) -> tuple[list[Any], list[Any]]:
-    return found[:num_returns], found[num_returns:]
+# With actors of this process
 
 
 @pytest.fixture
-def here(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def here(cluster: None) -> Iterator[Starts]:
     threads = torch.get_num_threads()
-    monkeypatch.setattr(rounds, "FederatedClient", Here(actors.FederatedClient))
-    monkeypatch.setattr(rounds, "Server", Here(actors.Server))
-    monkeypatch.setattr(rounds, "ray", SimpleNamespace(get=lambda found: found, wait=all_ready))
-    monkeypatch.setattr(actors.ray, "get_gpu_ids", list)
-    yield
+    yield Starts()
     torch.use_deterministic_algorithms(False)
     torch.set_num_threads(threads)
 
 
-def federation_here(settings: Config, data: Path, folder: Path) -> Federation:
-    return Federation(settings, deal(settings, data), TASK, Worker(1.0, 0.0, 1, 2), Storage(str(folder)))
+def federation_here(here: Starts, settings: Config, data: Path, folder: Path) -> Federation:
+    storage, worker = Storage(str(folder)), Worker(1.0, 0.0, 1, 2)
+    return Federation(settings, deal(settings, data), TASK, worker, storage, start=here)
 
 
-def test_bytes_are_those_of_the_messages(here: None, data: Path, tmp_path: Path) -> None:
+def test_bytes_are_those_of_the_messages(here: Starts, data: Path, tmp_path: Path) -> None:
     settings = config(data, rounds=2)
-    federation = federation_here(settings, data, tmp_path)
+    federation = federation_here(here, settings, data, tmp_path)
     vector = 4 * sum(p.numel() for p in make_classifier("cnn", TASK).parameters())
     clients, drawn = 5, 3
     expected = {"fedavg": (1, 0), "fedprox": (1, 0), "scaffold": (2, 1), "feddyn": (1, 0)}
@@ -253,17 +206,17 @@ def test_bytes_are_those_of_the_messages(here: None, data: Path, tmp_path: Path)
             assert done.bytes_down == pytest.approx((sent + drawn * extra) * vector, rel=0.001)
 
 
-def test_a_method_ends_when_no_round_is_better_and_keeps_the_best(here: None, data: Path, tmp_path: Path) -> None:
+def test_a_method_ends_when_no_round_is_better_and_keeps_the_best(here: Starts, data: Path, tmp_path: Path) -> None:
     settings = config(data, rounds=50, patience=3, client_fraction=1.0)
-    done = federation_here(settings, data, tmp_path).run("fedavg", FedAvg(), lambda _: None)
+    done = federation_here(here, settings, data, tmp_path).run("fedavg", FedAvg(), lambda _: None)
     assert len(done.history) == done.chosen + 3 < 50
     best = max(done.history, key=lambda r: (r.validation_accuracy, -r.validation_loss))
     assert done.chosen == best.round
 
 
-def test_a_method_that_diverges_ends_with_the_weights_from_before(here: None, data: Path, tmp_path: Path) -> None:
+def test_a_method_that_diverges_ends_with_the_weights_from_before(here: Starts, data: Path, tmp_path: Path) -> None:
     settings = config(data)
-    done = federation_here(settings, data, tmp_path).run("fedavg", FedAvg(client_lr=1e30), lambda _: None)
+    done = federation_here(here, settings, data, tmp_path).run("fedavg", FedAvg(client_lr=1e30), lambda _: None)
     assert done.history[-1].diverged
     assert done.chosen == 0
     first = Learner(settings, TASK, torch.device("cpu")).network.state_dict()
@@ -271,21 +224,32 @@ def test_a_method_that_diverges_ends_with_the_weights_from_before(here: None, da
     assert all(torch.equal(kept[name], tensor) for name, tensor in first.items())
 
 
+def test_images_that_were_replaced_in_place_make_a_method_run_again(here: Starts, data: Path, tmp_path: Path) -> None:
+    settings, heard = config(data, rounds=1), []
+    for content in ("first", "first", "replaced"):
+        partition = deal(settings, data)
+        partition = replace(partition, images_sha256={(c, y): content for c, y, _ in partition})
+        storage = Storage(str(tmp_path))
+        federation = Federation(settings, partition, TASK, Worker(1.0, 0.0, 1, 2), storage, start=here)
+        federation.run("fedavg", METHODS["fedavg"](settings.federated), lambda _, c=content: heard.append(c))
+    assert heard == ["first", "replaced"]
+
+
 def test_another_setting_makes_a_method_run_again_and_another_methods_does_not(
-    here: None, data: Path, tmp_path: Path
+    here: Starts, data: Path, tmp_path: Path
 ) -> None:
     heard: dict[str, list[Round]] = {}
     for label, changes in {"first": {}, "lr": {"fedavg_lr": 0.05}, "mu": {"fedavg_lr": 0.05, "prox_mu": 3.0}}.items():
         settings = config(data, rounds=1, **changes)
         heard[label] = []
         method = METHODS["fedavg"](settings.federated)
-        federation_here(settings, data, tmp_path).run("fedavg", method, heard[label].append)
+        federation_here(here, settings, data, tmp_path).run("fedavg", method, heard[label].append)
     assert [len(each) for each in heard.values()] == [1, 1, 0]
 
 
 def test_every_setting_belongs_to_all_methods_or_to_some(data: Path) -> None:
     settings = config(data).federated
-    for name in set(type(settings).model_fields) - SHARED - {"checkpoint_every"}:
+    for name in set(type(settings).model_fields) - SHARED:
         changed = settings.model_copy(update={name: 0.123})
         assert any(make(changed) != make(settings) for make in METHODS.values()), name
 
@@ -298,15 +262,15 @@ def test_every_method_has_a_learning_rate_of_its_own(data: Path) -> None:
         assert others.count(0.5) == 1
 
 
-def test_all_clients_learn_when_labels_are_shared(here: None, data: Path, tmp_path: Path) -> None:
+def test_all_clients_learn_when_labels_are_shared(here: Starts, data: Path, tmp_path: Path) -> None:
     settings = config(data, rounds=12, client_fraction=1.0, local_epochs=2).model_copy(
         update={"partition": config(data).partition.model_copy(update={"counts": ((13, 13, 13),) * 3})}
     )
-    done = federation_here(settings, data, tmp_path).run("fedavg", FedAvg(), lambda _: None)
+    done = federation_here(here, settings, data, tmp_path).run("fedavg", FedAvg(), lambda _: None)
     assert done.history[done.chosen - 1].validation_accuracy > 0.9
 
 
-def test_natural_silos_are_read_where_they_lie(here: None, data: Path, tmp_path: Path) -> None:
+def test_natural_silos_are_read_where_they_lie(here: Starts, data: Path, tmp_path: Path) -> None:
     """The same images as two clients of one file: the same weights; each silo's actor is held to its place."""
     whole = np.load(data)
     labels = whole["train_labels"].ravel()
@@ -325,44 +289,43 @@ def test_natural_silos_are_read_where_they_lie(here: None, data: Path, tmp_path:
         ("apart", natural, held_elsewhere(counts, 3)),
         ("together", Config.model_validate(tree), Partition(3, shares)),
     ):
-        federation = Federation(settings, partition, TASK, Worker(1.0, 0.0, 1, 2), Storage(str(tmp_path / name)))
-        places = [options.get("label_selector") for options in Here.options_given[-2:]]
+        storage, worker = Storage(str(tmp_path / name)), Worker(1.0, 0.0, 1, 2)
+        federation = Federation(settings, partition, TASK, worker, storage, start=here)
+        places = [options.get("label_selector") for options in here.options[-3:-1]]
         assert places == ([{"site": "north"}, {"site": "south"}] if name == "apart" else [None, None])
         found[name] = federation.run("fedavg", METHODS["fedavg"](settings.federated), lambda _: None).sha256
     assert found["apart"] == found["together"]
 
 
-def test_checkpoints_of_a_start_that_was_killed_at_its_very_end_go(here: None, data: Path, tmp_path: Path) -> None:
+def test_checkpoints_of_a_start_that_was_killed_at_its_very_end_go(here: Starts, data: Path, tmp_path: Path) -> None:
     settings, storage = config(data, rounds=1), Storage(str(tmp_path))
-    federation = federation_here(settings, data, tmp_path)
+    federation = federation_here(here, settings, data, tmp_path)
     first = federation.run("fedavg", FedAvg(), lambda _: None)
-    storage.write(f"federated/fedavg/{federation.fingerprint(FedAvg())[:16]}/progress.json", b"{}")
+    storage.write(f"federated/fedavg/{federation.fingerprint(FedAvg())[:16]}/00000001/card.json", b"{}")
     assert federation.run("fedavg", FedAvg(), lambda _: None) == first
     assert storage.names("federated") == []
 
 
-def test_a_refused_device_is_told_at_the_first_use(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refused_device_is_told_at_the_first_use(cluster: None, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not in the actor's constructor, where Ray would make a dead actor of it."""
 
     def refuse(_: Any) -> Any:
         raise ResourcesError("GPU 0, assigned by Ray", "a torch that sees it", "another torch")
 
     monkeypatch.setattr(actors, "assigned_device", refuse)
-    monkeypatch.setattr(actors.ray, "get_gpu_ids", lambda: ["0"])
-    settings = config(data)
-    actor = actors.FederatedClient.__ray_metadata__.modified_class(settings, TASK, WorkerResources(), {})
+    actor = actors.FederatedClient(config(data), TASK, 1, {})
     with pytest.raises(ResourcesError, match="assigned by Ray"):
         actor.validate("client-000", b"")
 
 
-def test_a_partition_too_thin_to_validate_is_refused(here: None, data: Path, tmp_path: Path) -> None:
+def test_a_partition_too_thin_to_validate_is_refused(here: Starts, data: Path, tmp_path: Path) -> None:
     settings = config(data, validation_every=21)
     with pytest.raises(PartitionError, match="validation_every"):
-        federation_here(settings, data, tmp_path)
+        federation_here(here, settings, data, tmp_path)
 
 
-def test_participants_are_drawn_anew_and_alike_for_all_methods(here: None, data: Path, tmp_path: Path) -> None:
-    federation = federation_here(config(data), data, tmp_path)
+def test_participants_are_drawn_anew_and_alike_for_all_methods(here: Starts, data: Path, tmp_path: Path) -> None:
+    federation = federation_here(here, config(data), data, tmp_path)
     drawn = [tuple(federation.participants(number)) for number in range(1, 40)]
     assert {len(clients) for clients in drawn} == {3}
     assert len(set(drawn)) > 5

@@ -84,7 +84,7 @@ def test_a_models_vectors_are_all_of_its_state(norm: str) -> None:
 
 def test_statistics_of_batch_norms_are_averaged_by_image_counts() -> None:
     settings = Config.model_validate({"classifier": {"norm": "batch"}})
-    server = actors.Server.__ray_metadata__.modified_class(settings, TASK)
+    server = actors.Server(settings, TASK)
     _, model, _, kept = server.start(FedAvg())
     start = unpack(model)
     uploads = [pack({name: vector + shift for name, vector in start.items()}) for shift in (1.0, 5.0)]

@@ -3,6 +3,7 @@ import json
 import pickle
 import struct
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedfactory_ray.errors import ModuleRefusedError
-from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.generation.card import ModuleCard, module_fingerprint
 from fedfactory_ray.generation.module import digest, load_weights, make_denoiser, pack
 from fedfactory_ray.generation.unet import Denoiser
 from fedfactory_ray.settings.sections import GeneratorConfig
@@ -30,9 +31,8 @@ def random_denoiser(seed: int = 0) -> Denoiser:
 
 
 def card_of(weights: bytes, config: GeneratorConfig = CONFIG) -> ModuleCard:
-    return ModuleCard(
-        "client-007", 3, 40, 1, 8, 30, "fp32", config.model_dump(mode="json"), digest(weights), len(weights)
-    )
+    settings, files = config.model_dump(mode="json"), {"model.safetensors": digest(weights)}
+    return ModuleCard("client-007", 3, 40, 1, 8, 30, "fp32", settings, len(weights), files=files)
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_a_loaded_module_denoises_as_the_trained_one(weights: bytes) -> None:
 
 
 def test_another_digest_is_refused(weights: bytes) -> None:
-    assert "SHA-256" in refusal(weights, replace(card_of(weights), sha256="0" * 64))
+    assert "SHA-256" in refusal(weights, replace(card_of(weights), files={"model.safetensors": "0" * 64}))
 
 
 @settings(max_examples=20, deadline=None)
@@ -236,3 +236,15 @@ def test_the_card_names_its_place(weights: bytes) -> None:
     card = card_of(weights)
     assert card.key == ("client-007", 3)
     assert card.folder == "modules/client-007/class-003"
+
+
+def test_the_fingerprint_covers_all_that_determines_a_module() -> None:
+    def made_of(generator: GeneratorConfig = CONFIG, **changes: Any) -> str:
+        facts = {"precision": "fp32", "threads": 1, "seed": 7, "images_sha256": "beef"}
+        return module_fingerprint(generator, **(facts | changes))
+
+    # What `auto` came to counts, not that it was `auto`.
+    assert made_of() == made_of(CONFIG.model_copy(update={"precision": "fp32"}))
+    others = [{"precision": "bf16"}, {"threads": 2}, {"seed": 8}, {"images_sha256": "f00d"}]
+    found = [made_of(), made_of(CONFIG.model_copy(update={"min_steps": 9})), *(made_of(**change) for change in others)]
+    assert len(set(found)) == len(found)

@@ -8,8 +8,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,27 +15,13 @@ import mlflow
 import psutil
 import pytest
 import torch
+from clusters import nodes
 from conftest import write_npz
 from ray.cluster_utils import Cluster
 from small_runs import ROOT, finish, start, wait_for
 
 SPREAD: dict[str, Any] = {"classifier": {"threads": 1}, "max_actors": 3}
 """An actor a client, on nodes of their own."""
-
-
-@contextmanager
-def nodes(monkeypatch: pytest.MonkeyPatch, *each: dict[str, Any]) -> Iterator[Cluster]:
-    """A cluster whose workers can import the package and the tests' hooks; this process does not join it."""
-    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(paths))
-    cluster = Cluster()
-    try:
-        for node in each:
-            cluster.add_node(**{"include_dashboard": False, **node})
-        monkeypatch.setenv("RAY_ADDRESS", cluster.address)
-        yield cluster
-    finally:
-        cluster.shutdown()
 
 
 def node_of(cluster: Cluster, title: str) -> Any:
@@ -128,7 +112,7 @@ def test_four_nodes_share_the_work_and_whatever_dies_costs_no_row(
     with nodes(monkeypatch, *[{"num_cpus": 1}] * 4) as cluster:
         # The driver, in the middle of a module.
         job = start(tmp_path, stripes, resources=SPREAD)
-        wait_for(lambda: list(run.glob("modules/*/*/checkpoint.safetensors")), job)
+        wait_for(lambda: list(run.glob("modules/*/*/checkpoints/*/*/card.json")), job)
         end(job, signal.SIGKILL, -9)
         # A client's actor, then a whole node; Ctrl-C between synthetic files.
         job = start(tmp_path, stripes, resources=SPREAD)

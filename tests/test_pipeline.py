@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,41 +13,16 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_npz
 from rich.console import Console
-from small_runs import SMALL, digests
+from small_runs import SMALL, Finished, copy_job, digests, opens_nothing, run_here, small_config
 
-from fedfactory_ray.cluster import slots as federation_slots
 from fedfactory_ray.errors import ConfigError, DataInvalidError, RunConflictError
 from fedfactory_ray.federation import round as federation_round
-from fedfactory_ray.pipeline import phases as pipeline
-from fedfactory_ray.pipeline.report import Report, report_table
+from fedfactory_ray.pipeline import phases
 from fedfactory_ray.pipeline.session import run_name
 from fedfactory_ray.settings.command_line import make_config
-from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.config import Config, merge
 from fedfactory_ray.storage.files import Storage
-
-
-def small_config(folder: Path, data: Path, **changes: Any) -> Config:
-    places = {
-        "data": {"source": str(data)},
-        "storage": {"uri": str(folder / "runs")},
-        "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"},
-    }
-    return Config(**(SMALL | places | changes))
-
-
-@dataclass
-class Finished:
-    config: Config
-    report: Report
-    folder: Path
-    printed: str
-
-
-def run(config: Config, folder: Path) -> Finished:
-    out = io.StringIO()
-    report = pipeline.run(config, Console(file=out, width=140))
-    Console(file=out, width=140).print(report_table(report))
-    return Finished(config, report, folder / "runs" / "small", out.getvalue())
+from fedfactory_ray.storage.layout import MANIFEST, MODULE_CARD, MODULES
 
 
 @pytest.fixture(scope="module")
@@ -64,28 +38,15 @@ def data(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def finished(cluster: None, folder: Path, data: Path) -> Finished:
     """One whole run, during which the driver may not open the data."""
-    patch = pytest.MonkeyPatch()
-
-    def forbidden(*_: Any) -> None:
-        raise AssertionError("the driver opened the clients' images")
-
-    patch.setattr("fedfactory_ray.data.readers.ArrayFile._read", forbidden)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        opens_nothing(patch)
         resources = SMALL["resources"] | {"max_actors": 2}
-        return run(small_config(folder, data, baselines=("centralised",), resources=resources), folder)
-    finally:
-        patch.undo()
-
-
-def file_digests(folder: Path, pattern: str) -> dict[str, str]:
-    return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob(pattern)
-    }
+        return run_here(small_config(folder, data, baselines=("centralised",), resources=resources), folder)
 
 
 def test_the_classifier_learns_from_synthetic_images_alone(finished: Finished) -> None:
     evaluations = finished.report.evaluations
-    assert evaluations["fedfactory"].images == 60
+    assert evaluations["fedfactory"].n_images == 60
     assert evaluations["fedfactory"].accuracy.value > 0.6 > evaluations["fedfactory"].majority
     assert evaluations["centralised"].accuracy.value > 0.6
 
@@ -176,7 +137,7 @@ def test_the_same_command_makes_nothing_again(finished: Finished, folder: Path) 
     made = [*finished.folder.glob("modules/**/*"), *finished.folder.glob("classifier/**/*")]
     made += finished.folder.glob("synthetic/**/*.parquet")
     before = {path: path.stat().st_mtime_ns for path in made}
-    again = run(finished.config, folder)
+    again = run_here(finished.config, folder)
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert again.report.evaluations == finished.report.evaluations
 
@@ -189,14 +150,14 @@ def test_what_is_damaged_is_made_again_to_the_same_bytes(finished: Finished, fol
     stamp = untouched.stat().st_mtime_ns
     module.write_bytes(before[module][:-7] + b"damaged")
     shard.write_bytes(before[shard][: len(before[shard]) // 2])
-    run(finished.config, folder)
+    run_here(finished.config, folder)
     assert {path: path.read_bytes() for path in before} == before
     assert untouched.stat().st_mtime_ns == stamp
 
 
 def test_another_configuration_under_the_same_name_is_refused(finished: Finished, folder: Path, data: Path) -> None:
     with pytest.raises(RunConflictError, match=r"sampler.evaluations: there 6, here 7"):
-        pipeline.run(small_config(folder, data, sampler={"evaluations": 7}), Console(file=io.StringIO()))
+        phases.run(small_config(folder, data, sampler={"evaluations": 7}), Console(file=io.StringIO()))
 
 
 def test_bytes_do_not_depend_on_the_number_of_actors(finished: Finished, undisturbed: dict[str, str]) -> None:
@@ -205,41 +166,25 @@ def test_bytes_do_not_depend_on_the_number_of_actors(finished: Finished, undistu
     assert {name: found[name] for name in undisturbed} == undisturbed
 
 
-def test_units_drawn_in_another_order_by_one_process_have_the_same_rows(finished: Finished) -> None:
-    import torch
-
-    from fedfactory_ray.federation.round import stored_modules
-    from fedfactory_ray.generation.sampling import draw_images
-    from fedfactory_ray.storage.layout import MANIFEST
+def test_units_drawn_in_another_order_by_one_process_have_the_same_rows(finished: Finished, tmp_path: Path) -> None:
+    from fedfactory_ray.generation.card import ModuleCard, ModuleHandle
     from fedfactory_ray.synthesis.plan import make_units
-    from fedfactory_ray.synthesis.shard import rows_digest
     from fedfactory_ray.synthesis.synthesize import Synthesizer
 
     config, storage = finished.config, Storage(str(finished.folder))
-    table = pq.read_table(finished.folder / "partition.parquet").to_pandas()
-    from fedfactory_ray.data.partition import Partition
-
-    shares: dict[str, dict[int, np.ndarray]] = {}
-    for (client, label), rows in table.groupby(["client", "label"]):
-        shares.setdefault(client, {})[label] = rows["index"].to_numpy()
-    modules = stored_modules(storage, Partition(3, shares))
-    actor = Synthesizer.__new__(Synthesizer)
-    actor.storage, actor.modules, actor.device = storage, modules, torch.device("cpu")
-    actor.kept = __import__("collections").OrderedDict()
-    torch.set_num_threads(1)
-    units = make_units([h.card for h in modules.values()], 40, 8, config.seed)
+    cards = [ModuleCard.from_json(storage.read(n)) for n in storage.names(MODULES) if MODULE_CARD.fullmatch(n)]
+    modules = {card.key: ModuleHandle(card) for card in cards}
+    actor = Synthesizer(config, 1, storage, modules, target=Storage(str(tmp_path)))
     manifest = {line["file"]: line["rows_sha256"] for line in storage.read_json(MANIFEST)}
-    for unit in reversed(units):
-        denoiser = actor.denoiser((unit.client, unit.label))
-        images = draw_images(denoiser, config.sampler, unit.n, 8, unit.seed, actor.device, "fp32")
-        assert rows_digest(unit, images) == manifest[unit.file]
+    for unit in reversed(make_units(cards, 40, 8, config.seed)):
+        assert actor.draw(unit).rows_sha256 == manifest[unit.file]
     assert len(actor.kept) <= 2
 
 
 def test_a_hundred_clients_share_two_slots(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fedfactory_ray.cluster.plan import make_plan
+    from fedfactory_ray.cluster.plan import Worker, make_plan
     from fedfactory_ray.data.partition import make_partition
-    from fedfactory_ray.federation.client import ClientActor
+    from fedfactory_ray.federation.client import start_client
 
     source = write_npz(tmp_path / "many.npz", n=120)
     config = small_config(
@@ -253,20 +198,11 @@ def test_a_hundred_clients_share_two_slots(cluster: None, tmp_path: Path, monkey
     partition = make_partition(config.partition, labels, 3, 0)
     started = []
 
-    class Counting:
-        @staticmethod
-        def options(**demands: float) -> Any:
-            chosen = ClientActor.options(**demands)
+    def counting(config: Config, worker: Worker, storage: Storage, client: str) -> Any:
+        started.append(worker.options)
+        return start_client(config, worker, storage, client)
 
-            class Start:
-                @staticmethod
-                def remote(*arguments: Any) -> Any:
-                    started.append(demands)
-                    return chosen.remote(*arguments)
-
-            return Start
-
-    monkeypatch.setattr(federation_slots, "ClientActor", Counting)
+    monkeypatch.setattr(federation_round, "start_client", counting)
     worker = make_plan(config.resources).client
     modules = federation_round.run_round(config, partition, worker, Storage(str(tmp_path / "run")), lambda event: None)
     assert list(modules) == [(client, label) for client, label, _ in partition]
@@ -280,7 +216,7 @@ def test_too_few_images_to_choose_an_epoch_are_refused_and_the_folder_stays_free
 ) -> None:
     changes = {"synthesis": SMALL["synthesis"] | {"images_per_class": 12}}  # of class 1 eight and four
     with pytest.raises(ConfigError, match="at most 8 images of class 1"):
-        run(small_config(tmp_path, data, **changes), tmp_path)
+        run_here(small_config(tmp_path, data, **changes), tmp_path)
     assert not (tmp_path / "runs" / "small" / "config.json").exists()
 
 
@@ -289,7 +225,7 @@ def test_bad_data_is_refused_before_anything_is_made(cluster: None, tmp_path: Pa
     source = write_npz(tmp_path / "gap.npz", train_labels=labels)
     config = small_config(tmp_path, source, partition={})
     with pytest.raises(DataInvalidError, match=r"gap\.npz[\s\S]*no training image of class 0, 1"):
-        pipeline.run(config, Console(file=io.StringIO()))
+        phases.run(config, Console(file=io.StringIO()))
     assert not (tmp_path / "runs").exists()
     runs = mlflow.MlflowClient(config.tracking.uri).search_runs(["1"])
     assert [r.info.status for r in runs] == ["FAILED"]
@@ -302,17 +238,20 @@ def test_run_names_follow_the_settings_that_matter() -> None:
     assert name != run_name(make_config("bloodmnist-cpu", overrides=["--generator.epochs", "3"]))
 
 
-def test_the_comparison_goes_on_from_the_runs_folder(finished: Finished, folder: Path) -> None:
-    """Last of the tests on this run: it adds to the run's folder and to the store."""
+def test_the_comparison_goes_on_from_the_runs_folder(finished: Finished, folder: Path, tmp_path: Path) -> None:
     from fedfactory_ray.comparison.compare import compare
     from fedfactory_ray.comparison.report import BEST, ENSEMBLE, LONE, MEAN
     from fedfactory_ray.settings.sections import FederatedConfig
 
     federated = FederatedConfig(rounds=2, local_epochs=1, validation_every=5)
-    config = finished.config.model_copy(update={"federated": federated})
+    copy_job(folder, tmp_path / "copy")
+    run = tmp_path / "copy" / "runs" / "small"
+    places = {"storage": {"uri": str(run.parent)}, "tracking": {"uri": f"sqlite:///{tmp_path}/copy/mlflow.db"}}
+    config = Config.model_validate(merge(finished.config.model_dump(mode="json"), places))
+    config = config.model_copy(update={"federated": federated})
     methods, out = ["fedfactory", "fedfactory-ii", "centralised", "local", "scaffold"], io.StringIO()
     patterns = ("modules/**/*", "synthetic/**/*", "classifier/**/*")
-    before = {p: p.stat().st_mtime_ns for pattern in patterns for p in finished.folder.glob(pattern) if p.is_file()}
+    before = {p: p.stat().st_mtime_ns for pattern in patterns for p in run.glob(pattern) if p.is_file()}
     found = compare(config, methods, 1, Console(file=out, width=160))
     assert {path: path.stat().st_mtime_ns for path in before} == before
     lines = {line.method: line for line in found.lines}
@@ -320,11 +259,11 @@ def test_the_comparison_goes_on_from_the_runs_folder(finished: Finished, folder:
     for method, evaluation in finished.report.evaluations.items():
         assert lines[method].scores == evaluation.scalars()
     assert lines["fedfactory"].bytes_up == finished.report.uploaded_bytes
-    experts = sum(path.stat().st_size for path in finished.folder.glob("experts/*/model.safetensors"))
+    experts = sum(path.stat().st_size for path in run.glob("experts/*/model.safetensors"))
     assert lines["fedfactory-ii"].bytes_up == finished.report.uploaded_bytes + experts > lines["fedfactory"].bytes_up
     assert lines["fedfactory-ii"].bytes_down > 0
     assert lines["centralised"].bytes_up == 120 * 64
-    alone = sum(path.stat().st_size for path in finished.folder.glob("classifier/local-*/model.safetensors"))
+    alone = sum(path.stat().st_size for path in run.glob("classifier/local-*/model.safetensors"))
     assert lines[ENSEMBLE].bytes_up == alone > lines[MEAN].bytes_up == lines[BEST].bytes_up == 0
     assert lines["scaffold"].rounds == 2
     assert lines["scaffold"].bytes_up > lines["scaffold"].bytes_down / 2 > 0
@@ -341,9 +280,9 @@ def test_the_comparison_goes_on_from_the_runs_folder(finished: Finished, folder:
     assert children["fedfactory"].data.metrics["accuracy"] == lines["fedfactory"].scores["accuracy"]
     assert len(client.get_metric_history(children["scaffold"].info.run_id, "validation_accuracy")) == 2
     assert "comparison.png" in {a.path for a in client.list_artifacts(runs_parent(runs))}
-    assert (finished.folder / "comparison.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "comparison.png").read_bytes().startswith(b"\x89PNG")
 
-    after = {p: p.stat().st_mtime_ns for p in finished.folder.glob("classifier/**/*") if p.is_file()}
+    after = {p: p.stat().st_mtime_ns for p in run.glob("classifier/**/*") if p.is_file()}
     assert compare(config, methods, 1, Console(file=out, width=160)).lines == found.lines
     assert {path: path.stat().st_mtime_ns for path in after} == after
 

@@ -18,7 +18,8 @@ holdings = st.dictionaries(
 
 
 def card(client: str, label: int, images: int = 10) -> ModuleCard:
-    return ModuleCard(client, label, images, 1, 8, 30, "fp32", {}, f"sha-{client}-{label}", 100)
+    files = {"model.safetensors": f"sha-{client}-{label}"}
+    return ModuleCard(client, label, images, 1, 8, 30, "fp32", {}, 100, files=files)
 
 
 def cards_of(*matrices: dict[str, int]) -> list[ModuleCard]:

@@ -114,7 +114,6 @@ def test_settings_that_mean_the_same_are_tried_once() -> None:
         ("fedavg", "federated.feddyn_lr=0.01,0.1"),
         ("fedprox", "federated.fedavg_lr=0.01..1"),
         ("feddyn", "federated.server_lr=0.5"),
-        ("scaffold", "federated.checkpoint_every=1..5"),
         ("scaffold", "classifier.learning_rate=0.001..0.1"),
     ],
 )

@@ -43,7 +43,7 @@ def test_tables_give_the_images_back(n: int, side: int, channels: int, seed: int
 @pytest.mark.parametrize(("side", "channels"), [(8, 1), (28, 3), (1, 1)])
 def test_a_shard_round_trips_through_storage(storage: Storage, side: int, channels: int) -> None:
     images = images_for(side=side, channels=channels)
-    digest = write_shard(storage, UNIT, images)
+    digest = write_shard(storage, UNIT, images).rows_sha256
     assert storage.names("synthetic") == [UNIT.file]
     assert verified_digest(storage, UNIT) == digest == rows_digest(UNIT, images)
     table = pq.read_table(storage.path(UNIT.file))
@@ -57,7 +57,7 @@ def test_a_shard_round_trips_through_storage(storage: Storage, side: int, channe
 
 def test_strided_images_are_stored_as_they_look(storage: Storage) -> None:
     images = images_for().transpose(0, 2, 1, 3)[:, ::-1]
-    digest = write_shard(storage, UNIT, images)
+    digest = write_shard(storage, UNIT, images).rows_sha256
     assert np.array_equal(images_of(pq.read_table(storage.path(UNIT.file)), images.shape[1:]), images)
     assert verified_digest(storage, UNIT) == digest == rows_digest(UNIT, images.copy())
 

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
+from fedfactory_ray.federation.client import train_share
 from fedfactory_ray.generation import module
-from fedfactory_ray.generation.training import Training, train_denoiser
+from fedfactory_ray.generation.training import Snapshot, Training, train_denoiser
 from fedfactory_ray.generation.unet import Denoiser
+from fedfactory_ray.settings.config import Config
 from fedfactory_ray.settings.sections import GeneratorConfig
+from fedfactory_ray.storage.files import Storage
 
 CPU = torch.device("cpu")
 CONFIG = GeneratorConfig(
@@ -26,8 +31,8 @@ def images(seed: int = 0) -> torch.Tensor:
 def train(**arguments: Any) -> tuple[bytes, list[bytes]]:
     checkpoints = []
     for event in train_denoiser(images(), CONFIG, CPU, 7, **arguments):
-        if isinstance(event, bytes):
-            checkpoints.append(event)
+        if isinstance(event, Snapshot):
+            checkpoints.append(event.content)
         elif isinstance(event, Denoiser):
             return module.pack(event, half=False), checkpoints
     raise AssertionError("no module came")
@@ -56,19 +61,38 @@ def test_a_resumed_training_goes_on_where_it_stopped(monkeypatch: pytest.MonkeyP
     assert steps == [9, 10, 11]
 
 
-def first_checkpoint(pictures: torch.Tensor, seed: int) -> bytes:
-    events = train_denoiser(pictures, CONFIG, CPU, seed, None, 0.0)
-    return next(event for event in events if isinstance(event, bytes))
+def share(storage: Storage, config: Config, source: Any, seconds: float = 60.0) -> Iterator[Any]:
+    """A client's training of its class 0, with a checkpoint every so many seconds."""
+    config = config.model_copy(update={"storage": config.storage.model_copy(update={"checkpoint_seconds": seconds})})
+    return train_share(config, source, "client-000", {0: np.arange(9)}, CPU, storage)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        pytest.param(lambda: first_checkpoint(images(), 7)[:5000], id="torn"),
-        pytest.param(lambda: b"", id="empty"),
-        pytest.param(lambda: first_checkpoint(images(1), 7), id="other images"),
-        pytest.param(lambda: first_checkpoint(images(), 8), id="another seed"),
-    ],
-)
-def test_a_torn_or_strange_checkpoint_is_left_aside(make: Callable[[], bytes], undisturbed: bytes) -> None:
-    assert train(checkpoint=make())[0] == undisturbed
+class Pictures:
+    """A source of images(seed)."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.pixels = images(seed).numpy()
+
+    def images(self, split: str, indices: np.ndarray) -> np.ndarray:
+        return self.pixels[indices]
+
+
+@pytest.mark.parametrize("change", ["nothing", "torn", "other images", "another seed"])
+def test_a_client_goes_on_from_its_own_whole_checkpoint_alone(tmp_path: Path, change: str) -> None:
+    storage, config = Storage(str(tmp_path)), Config(generator=CONFIG)
+    broken = share(storage, config, Pictures(), seconds=1e-9)
+    next(event for event in broken if storage.names("modules"))
+    broken.close()
+    (file,) = [name for name in storage.names("modules") if name.endswith(".safetensors")]
+    if change == "torn":
+        storage.write(file, storage.read(file)[:5000])
+    source = Pictures(1 if change == "other images" else 0)
+    if change == "another seed":
+        config = config.model_copy(update={"seed": 5})
+    first, *_, (card, weights, _) = share(storage, config, source)
+    assert first.resumed == (change == "nothing")
+    assert storage.names("modules") == [f"{card.folder}/card.json", f"{card.folder}/model.safetensors"]
+    *_, (_, undisturbed, _) = share(Storage(str(tmp_path / "undisturbed")), config, source)
+    assert weights == undisturbed
+    # What is there and whole is not trained again.
+    assert [event[:2] for event in share(storage, config, source)] == [(card, weights)]

@@ -29,17 +29,17 @@ from fedfactory_ray.settings.command_line import make_config
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.plan import make_units
-from fedfactory_ray.synthesis.shard import Shard, write_shard
-from fedfactory_ray.tuning.drawn import Drawn, digest, settings_of_images, settings_of_modules
-from fedfactory_ray.tuning.record import Record, Report, read_record
-from fedfactory_ray.tuning.report import Line, Study, study_table
+from fedfactory_ray.synthesis.shard import write_shard
+from fedfactory_ray.tuning.drawn import SharedImages, settings_of_images, settings_of_modules
+from fedfactory_ray.tuning.record import Record, TrialStep, read_record
+from fedfactory_ray.tuning.report import Study, TrialLine, study_table
 from fedfactory_ray.tuning.study import make_scheduler, make_trials, run_study, run_trials
 
 # What a trial tells
 
 
-def report(step: int, accuracy: float, loss: float = 1.0, steps: int = 8, whole: bool = False) -> Report:
-    return Report(step, steps, accuracy, loss, accuracy, float(step), whole)
+def report(step: int, accuracy: float, loss: float = 1.0, steps: int = 8, whole: bool = False) -> TrialStep:
+    return TrialStep(step, steps, accuracy, loss, accuracy, float(step), whole)
 
 
 def test_a_record_takes_each_step_once_and_counts_what_the_method_chose(tmp_path: Path) -> None:
@@ -75,7 +75,7 @@ def test_lines_are_ranked_by_accuracy_then_loss_whole_trials_first_failures_last
     figures = [(0.5, 1.0), (0.9, 2.0), (0.9, 1.0), (0.9, float("nan"))]
     records = [Record({"seed": str(i)}, [report(1, a, loss)], "whole") for i, (a, loss) in enumerate(figures)]
     stopped = Record({"seed": "8"}, [report(1, 0.95, 1.0)], "stopped early")
-    lines = [Line.of(record) for record in [Record({"seed": "9"}, [], "failed"), stopped, *records]]
+    lines = [TrialLine.of(record) for record in [Record({"seed": "9"}, [], "failed"), stopped, *records]]
     study = Study("s", "runs/s", "fedavg", "rounds", sorted(lines, key=lambda line: line.rank))
     assert [line.settings["seed"] for line in study.lines] == ["2", "1", "3", "0", "8", "9"]
     out = io.StringIO()
@@ -91,7 +91,7 @@ def test_lines_are_ranked_by_accuracy_then_loss_whole_trials_first_failures_last
 def test_what_determines_modules_and_images_tells_settings_apart() -> None:
     def keys(*changes: str) -> tuple[str, str]:
         config = make_config(overrides=[f"--{change}" for change in changes])
-        return digest(settings_of_modules(config)), digest(settings_of_images(config))
+        return settings_of_modules(config), settings_of_images(config)
 
     modules, images = keys()
     assert keys("classifier.learning_rate=1", "synthesis.images_per_class=9", "federated.rounds=2") == (modules, images)
@@ -112,11 +112,10 @@ def test_fewer_images_a_class_are_the_first_of_each_clients_own(cluster: None, t
     manifest = []
     for unit in make_units(cards, 26, 8, 0):
         drawn = images.randint(0, 256, (unit.n, 2, 2, 1)).astype(np.uint8)
-        rows = write_shard(storage, unit, drawn)
-        manifest.append(Shard(unit.file, unit.client, unit.label, unit.index, unit.n, unit.module_sha256, rows))
-    shared = Drawn(storage, cards, manifest)
+        manifest.append(write_shard(storage, unit, drawn))
+    shared = SharedImages(storage, cards, manifest)
     whole, part = shared.rows(many), shared.rows(few)
-    assert (whole.images, part.images) == (52, 20)
+    assert (whole.n_images, part.n_images) == (52, 20)
     assert whole.digest != part.digest
 
     def by_place(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], bytes]:
@@ -131,7 +130,8 @@ def test_fewer_images_a_class_are_the_first_of_each_clients_own(cluster: None, t
 
 
 def card(client: str, label: int, images: int) -> ModuleCard:
-    return ModuleCard(client, label, images, 1, 2, 1, "fp32", {}, f"{client}{label}", 1)
+    files = {"model.safetensors": f"{client}{label}"}
+    return ModuleCard(client, label, images, 1, 2, 1, "fp32", {}, 1, files=files)
 
 
 # Whole studies
@@ -157,8 +157,9 @@ def blind(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tree(folder: Path, blind: Path, **changes: Any) -> dict[str, Any]:
-    federated = {"rounds": 6, "local_epochs": 1, "validation_every": 5, "checkpoint_every": 1}
-    places = {"storage": {"uri": str(folder / "runs")}, "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"}}
+    federated = {"rounds": 6, "local_epochs": 1, "validation_every": 5}
+    storage = SMALL["storage"] | {"uri": str(folder / "runs"), "checkpoint_rounds": 1}
+    places = {"storage": storage, "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"}}
     return SMALL | {"data": {"source": str(blind)}, "federated": federated} | places | changes
 
 
@@ -279,7 +280,7 @@ def test_no_more_trials_run_at_once_than_asked_for(
             tune.report({"step": step, "best": 0.5})
 
     monkeypatch.setattr("fedfactory_ray.tuning.study.run_trial", trial)
-    session: Any = SimpleNamespace(storage=Storage(str(tmp_path)))
+    session: Any = SimpleNamespace(storage=Storage(str(tmp_path)), config=make_config())
     watch: Any = Counting()
     jobs: Any = dict.fromkeys(range(4))
     run_trials(session, watch, jobs, 2, concurrent)

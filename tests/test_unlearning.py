@@ -16,11 +16,10 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_npz
 from rich.console import Console
-from small_runs import SMALL, copy_job
-from test_pipeline import small_config
+from small_runs import SMALL, copy_job, small_config
 
 from fedfactory_ray.errors import ForgottenError, RunConflictError, UnlearningError
-from fedfactory_ray.pipeline import phases as pipeline
+from fedfactory_ray.pipeline import phases
 from fedfactory_ray.pipeline.session import open_session
 from fedfactory_ray.settings.command_line import stored_config
 from fedfactory_ray.settings.config import Config
@@ -53,7 +52,7 @@ class Place:
         return Storage(str(self.folder / "runs" / name))
 
     def forget(self, *clients: str, run: str = "small", classes: tuple[int, ...] = ()) -> Certificate:
-        return forget(self.config(run), clients, classes, None, "somebody", False, OUT)
+        return forget(self.config(run), clients, classes, OUT, asked_by="somebody")
 
     def facts(self, run: str) -> Facts:
         return read_facts(self.run(run))
@@ -67,7 +66,7 @@ def origin(cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Place:
     config = small_config(
         folder, data, baselines=("none",), architecture="both", partition={"scheme": "skew", "counts": COUNTS}
     )
-    pipeline.run(config, OUT)
+    phases.run(config, OUT)
     return Place(folder)
 
 
@@ -115,7 +114,7 @@ def test_the_result_is_the_run_in_which_the_client_never_took_part(place: Place)
     new = place.folder / "runs" / "small-without-client-003"
 
     # Bit for bit the run without the client, made from nothing.
-    checked, checks = verify(f"{new}/{CERTIFICATE}", place.config("small-without-client-003"), True, OUT)
+    checked, checks = verify(f"{new}/{CERTIFICATE}", place.config("small-without-client-003"), OUT, retrain=True)
     assert {check.name: check.wrong for check in checks} == {check.name: [] for check in checks}
     assert len(checks) == 7
     assert checked == certificate
@@ -160,7 +159,7 @@ def test_the_result_is_the_run_in_which_the_client_never_took_part(place: Place)
     with pytest.raises(ForgottenError, match=r"to forget client-003[\s\S]*small-without-client-003"):
         place.forget("client-000")
     with pytest.raises(ForgottenError, match="its successor small-without-client-003"):
-        pipeline.run(place.config(), OUT)
+        phases.run(place.config(), OUT)
     with pytest.raises(UnlearningError, match="client-003 is already gone"):
         place.forget("client-003", run="small-without-client-003")
 
@@ -172,13 +171,13 @@ def test_the_result_is_the_run_in_which_the_client_never_took_part(place: Place)
     # A row of the client, a changed byte and an unknown file are found.
     name = sorted(drawn)[0]
     (new / name).write_bytes(before[name])
-    _, checks = verify(f"{new}/{CERTIFICATE}", place.config("small-without-client-003"), False, OUT)
+    _, checks = verify(f"{new}/{CERTIFICATE}", place.config("small-without-client-003"), OUT)
     assert [check.name for check in checks if check.wrong] == ["no file is left of the forgotten"]
     (new / name).unlink()
     weights = new / "experts" / "client-001" / "model.safetensors"
     *rest, last = weights.read_bytes()
     weights.write_bytes(bytes([*rest, last ^ 1]))
-    _, checks = verify(f"{new}/{CERTIFICATE}", place.config("small-without-client-003"), False, OUT)
+    _, checks = verify(f"{new}/{CERTIFICATE}", place.config("small-without-client-003"), OUT)
     assert [check.name for check in checks if check.wrong] == ["weights are whole"]
 
 
@@ -253,7 +252,7 @@ def test_the_order_of_requests_does_not_matter(
     assert a_then_b.forget("client-003") == first
     assert first.cost["original_run"] == second.cost["original_run"]
     with pytest.raises(ForgottenError, match=f"its successor {last}"):
-        verify(f"{a_then_b.run(last[:24]).uri}/{CERTIFICATE}", a_then_b.config(last[:24]), False, OUT)
+        verify(f"{a_then_b.run(last[:24]).uri}/{CERTIFICATE}", a_then_b.config(last[:24]), OUT)
     # What jobs/compare.py adds to the new run is no residue; what it would add of the forgotten is.
     new = a_then_b.run(last)
     theirs = ("classifier/local-client-000", "experts/client-000")
@@ -311,12 +310,12 @@ def test_killed_anywhere_the_same_command_finishes_it(
 
     copies: list[str] = []
     die_at(Storage, "copy", lambda _, __, file: copies.append(file) or len(copies) > 4)
-    die_at(pipeline, "draw_images", lambda *_: True)
-    die_at(pipeline, "fit_experts", lambda *_: True)
+    die_at(phases, "draw_images", lambda *_: True)
+    die_at(phases, "fit_experts", lambda *_: True)
     die_at(forgetting, "read_facts", lambda storage: storage.uri == new.uri)
     # One expert that cannot be fitted is one too many.
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "run_phases", lambda session: SimpleNamespace(missing={"client-002": "no memory"}))
+        patch.setattr(phases, "run_phases", lambda *_: SimpleNamespace(missing={"client-002": "no memory"}))
         with pytest.raises(UnlearningError, match="no expert of client-002 could be fitted: no memory"):
             place.forget("client-001")
     # Until then the old run is whole but for a note, and neither half is taken for a result.
@@ -325,13 +324,13 @@ def test_killed_anywhere_the_same_command_finishes_it(
     assert new.exists("evaluation.json")
     assert not new.exists(CERTIFICATE)
     with pytest.raises(ForgottenError, match="is not finished: it is made from small to forget client-001"):
-        pipeline.run(place.config(new.uri.rpartition("/")[2]), OUT)
+        phases.run(place.config(new.uri.rpartition("/")[2]), OUT)
     with pytest.raises(UnlearningError, match="no certificate of a finished request"):
-        verify(f"{new.uri}/{CERTIFICATE}", place.config(new.uri.rpartition("/")[2]), False, OUT)
+        verify(f"{new.uri}/{CERTIFICATE}", place.config(new.uri.rpartition("/")[2]), OUT)
     # What another request made meanwhile would never be finished, nor deleted.
     for successor in ("small-without-client-001", None):
         with pytest.raises(UnlearningError, match="is being made into small-without-client-001"):
-            forget(place.config(), ["client-002"], [], successor, "somebody", False, OUT)
+            forget(place.config(), ["client-002"], [], OUT, asked_by="somebody", successor=successor)
 
     die_at(Storage, "delete", lambda storage, name: storage.uri == old.uri and name.startswith("modules/client-002"))
     assert old.exists(FORGOTTEN)
@@ -346,7 +345,7 @@ def test_killed_anywhere_the_same_command_finishes_it(
     assert not new.exists(FORGETTING)
     assert finished.after.digests() == undisturbed.after.digests()
     assert finished.deleted == undisturbed.deleted
-    _, checks = verify(f"{new.uri}/{CERTIFICATE}", place.config(new.uri.rpartition("/")[2]), False, OUT)
+    _, checks = verify(f"{new.uri}/{CERTIFICATE}", place.config(new.uri.rpartition("/")[2]), OUT)
     assert [check for check in checks if check.wrong] == []
     assert len(audit_lines(new)) == 1
 
@@ -361,10 +360,10 @@ def test_what_cannot_be_promised_is_refused_before_anything_is_touched(place: Pl
         with pytest.raises(UnlearningError, match=reason):
             place.forget(*clients, classes=classes)
     with pytest.raises(RunConflictError, match="seed: there 0, here 5"):
-        forget(place.config().model_copy(update={"seed": 5}), ["client-001"], [], None, "somebody", False, OUT)
+        forget(place.config().model_copy(update={"seed": 5}), ["client-001"], [], OUT, asked_by="somebody")
     elsewhere = TrackingConfig(uri=f"sqlite:///{place.folder}/other.db")
     with pytest.raises(UnlearningError, match=r"other\.db knows nothing of"):
-        forget(place.config().model_copy(update={"tracking": elsewhere}), ["client-001"], [], None, "x", False, OUT)
+        forget(place.config().model_copy(update={"tracking": elsewhere}), ["client-001"], [], OUT, asked_by="x")
     environment = place.folder / "runs" / "small" / "environment.json"
     here = environment.read_text()
     environment.write_text(here.replace('"torch version": "', '"torch version": "0.'))
@@ -384,7 +383,7 @@ def test_what_cannot_be_promised_is_refused_before_anything_is_touched(place: Pl
 def test_another_machines_run_is_forgotten_only_inexactly(place: Place) -> None:
     environment = place.folder / "runs" / "small" / "environment.json"
     environment.write_text(environment.read_text().replace('"torch version": "', '"torch version": "0.'))
-    certificate = forget(only_experts(place).config(), ["client-002"], [2], None, "somebody", True, OUT)
+    certificate = forget(only_experts(place).config(), ["client-002"], [2], OUT, asked_by="x", allow_inexact=True)
     assert [reason[:16] for reason in certificate.inexact] == ["torch version '0"]
     assert certificate.request.exclude == ("client-002/2",)
     assert {(card.client, card.label) for card in certificate.after.cards if card.client == "client-002"} == {

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
+from clusters import nodes
 from small_runs import LONGEST, ROOT, SMALL, wait_for
-from test_nodes import nodes
 
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.unlearning.facts import read_facts
@@ -29,7 +29,7 @@ DIGITS: dict[str, Any] = SMALL | {
     },
     "generator": SMALL["generator"] | {"min_steps": 15, "max_steps": 15},
     "synthesis": {"images_per_class": 32, "batch_size": 16, "unit_size": 16},
-    "classifier": {"epochs": 3, "batch_size": 16, "checkpoint_every": 1},
+    "classifier": {"epochs": 3, "batch_size": 16},
 }
 NEW = "digits-without-client-001"
 
@@ -56,7 +56,7 @@ def test_four_nodes_forget_what_two_never_knew(tmp_path: Path, monkeypatch: pyte
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.delenv("COLUMNS", raising=False)  # narrow tables fold what is looked for
     (tmp_path / "digits.yaml").write_text(yaml.safe_dump(DIGITS))
-    asked = ("--run", "digits", "--client", "client-001")
+    asked = ("forget", "--run", "digits", "--client", "client-001")
     new = tmp_path / "runs" / NEW
     with nodes(monkeypatch, *[{"num_cpus": 1}] * 4):
         output(start(tmp_path, "run.py", "--config", "digits.yaml"))

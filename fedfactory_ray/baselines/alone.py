@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from fedfactory_ray.baselines.centralised import baseline_steps, for_steps
 from fedfactory_ray.baselines.client import Alone
-from fedfactory_ray.classification.card import verified_card
-from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.cluster.stored import find_all
+from fedfactory_ray.storage.artefact import fingerprint
+from fedfactory_ray.storage.layout import classifier_folder, lone_classifier
 
 if TYPE_CHECKING:
     from fedfactory_ray.baselines.rounds import Federation
@@ -25,27 +24,18 @@ def fit_alone(federation: Federation, listen: Callable[[int], None]) -> list[Alo
     config, storage, partition = federation.config, federation.storage, federation.partition
     every = config.federated.validation_every
     steps = baseline_steps(config, partition)
-    recipe = config.classifier.model_dump(mode="json")
-    content = [partition.sha256, config.data.source, recipe, steps, every, config.seed]
-    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
-    done = {client: stored_alone(storage, client, fingerprint) for client in partition.clients}
+    settings = [config.classifier.model_dump(mode="json"), steps, every, config.resources.client.threads, config.seed]
+    made_of = fingerprint(Alone.kind, partition.content, settings)
+    wanted = {classifier_folder(lone_classifier(client)): made_of for client in partition.clients}
+    done = {alone.client: alone for alone in find_all(storage, Alone, wanted).values()}
     asked = {
         federation.slot[client].fit_alone.remote(
-            client, for_steps(config.classifier, federation.images[client], steps), storage, fingerprint
+            client, for_steps(config.classifier, federation.n_images[client], steps), storage, made_of
         ): client
-        for client, found in done.items()
-        if found is None
+        for client in partition.clients
+        if client not in done
     }
-    for there, fitted in enumerate(federation.replies(asked), len(done) - len(asked) + 1):
+    for there, fitted in enumerate(federation.replies(asked), len(done) + 1):
         done[fitted.client] = fitted
         listen(there)
-    return [fitted for fitted in done.values() if fitted is not None]
-
-
-def stored_alone(storage: Storage, client: str, fingerprint: str) -> Alone | None:
-    """The client's classifier of an earlier start, if it was made by these settings and verifies."""
-    folder = f"classifier/local-{client}"
-    card = verified_card(storage, folder, fingerprint)
-    if card is None:
-        return None
-    return Alone(client, folder, card["sha256"], card["epoch"])
+    return [done[client] for client in partition.clients]

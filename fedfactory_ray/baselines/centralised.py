@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from functools import partial
 
@@ -15,22 +14,23 @@ from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.settings.sections import ClassifierConfig
+from fedfactory_ray.storage.artefact import fingerprint
 
 BLOCK_BYTES = 64 * 2**20
 
 
 def baseline_steps(config: Config, partition: Partition) -> int:
-    """Optimiser steps of a baseline's fit on real images: as many as the factory's classifier takes, lest it be merely
-    trained for longer; where there are more real images than synthetic ones, the recipe's epochs on those."""
+    """Give baselines at least as many optimiser steps as the factory's classifier: the recipe's epochs over the larger
+    of the two sets, real or synthetic."""
     recipe, held = config.classifier, [(label, len(share)) for _, label, share in partition]
     drawn = config.synthesis.images_per_class * len({label for label, _ in held})
     images = int(max(drawn, sum(n for _, n in held)) * (1 - recipe.validation_fraction))
     return recipe.epochs * max(1, images // recipe.batch_size)
 
 
-def for_steps(recipe: ClassifierConfig, images: int, steps: int) -> ClassifierConfig:
-    """The recipe with as many epochs as `steps` optimiser steps take on `images` training images, rounded up."""
-    return recipe.model_copy(update={"epochs": math.ceil(steps / max(1, images // recipe.batch_size))})
+def for_steps(recipe: ClassifierConfig, n_images: int, steps: int) -> ClassifierConfig:
+    """The recipe with as many epochs as `steps` optimiser steps take on `n_images` training images, rounded up."""
+    return recipe.model_copy(update={"epochs": math.ceil(steps / max(1, n_images // recipe.batch_size))})
 
 
 def reference_config(config: Config, partition: Partition) -> Config:
@@ -44,7 +44,7 @@ def reference_config(config: Config, partition: Partition) -> Config:
 def real_rows(config: Config, partition: Partition, info: DataInfo) -> Rows:
     """All images of the partition as a classifier's rows, which workers or tasks read, never the driver."""
     indices = np.sort(np.concatenate([share for _, _, share in partition]))
-    digest = hashlib.sha256(f"real\n{config.data.source}\n{info}\n{partition.sha256}".encode()).hexdigest()
+    digest = fingerprint("real", info.class_names, info.resolution, info.channels, partition.content)
     blocks = math.ceil(len(indices) * info.channels * info.resolution**2 / BLOCK_BYTES)
     table, dataset = partial(_read, config, indices), partial(_stream, config, indices, blocks)
     return Rows(table, dataset, digest, len(indices), len(indices))

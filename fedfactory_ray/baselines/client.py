@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import ray
@@ -19,53 +20,53 @@ from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.data.source import Source, Task
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
-from fedfactory_ray.settings.places import WorkerResources
 from fedfactory_ray.settings.sections import ClassifierConfig
+from fedfactory_ray.storage.artefact import Artefact, keep
 from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import WEIGHTS, classifier_folder, lone_classifier
 from fedfactory_ray.synthesis.shard import image_table
-
-RESTARTS = 2
 
 
 @dataclass(frozen=True)
 class Trained:
     """What a client tells of its part in a round: scalars."""
 
-    images: int
+    n_images: int
     loss: float
     bytes_up: int
 
 
 @dataclass(frozen=True)
-class Alone:
-    """A client's own classifier in storage."""
+class Alone(Artefact):
+    """A client's own classifier: the epoch that was chosen, of so many."""
 
-    client: str
-    folder: str
-    sha256: str
+    kind: ClassVar[str] = "lone classifier"
     epoch: int
+    epochs: int
+    client: str = ""
+
+    @property
+    def folder(self) -> str:
+        """See Artefact."""
+        return classifier_folder(lone_classifier(self.client))
 
 
 @dataclass(frozen=True)
-class Sizes:
+class MessageBytes:
     """Bytes of the server's messages."""
 
     model: int
     extras: int
 
 
-# The default strategy, else it waits for room in the placement group of a tuner's trial.
-@ray.remote(max_restarts=RESTARTS, max_task_retries=RESTARTS, scheduling_strategy="DEFAULT")
 class FederatedClient:
     """A slot for the clients in `shares` (client → class → indices), with the same resources as a factory's client.
 
     It keeps their images, never their vectors: calls are functions of their arguments, so that Ray may repeat one.
     """
 
-    def __init__(
-        self, config: Config, task: Task, resources: WorkerResources, shares: dict[str, dict[int, np.ndarray]]
-    ) -> None:
-        self.config, self.task, self.resources, self.shares = config, task, resources, shares
+    def __init__(self, config: Config, task: Task, threads: int, shares: dict[str, dict[int, np.ndarray]]) -> None:
+        self.config, self.task, self.threads, self.shares = config, task, threads, shares
         self.kept: dict[str, tuple[Images, Images]] = {}
         self._learner: Learner | None = None
         self._sources: dict[str, Source] = {}
@@ -74,7 +75,7 @@ class FederatedClient:
     def learner(self) -> Learner:
         """The network, on the device that Ray assigned; made at the first use: constructors lose refusals."""
         if self._learner is None:
-            device = prepare_process(self.resources, assigned_device(ray.get_gpu_ids()))
+            device = prepare_process(self.threads, assigned_device(ray.get_gpu_ids()))
             self._learner = Learner(self.config, self.task, device)
         return self._learner
 
@@ -120,7 +121,7 @@ class FederatedClient:
         self.learner.load(unpack(model, self.learner.device))
         return self.learner.judge(self.images(client)[1])
 
-    def fit_alone(self, client: str, recipe: ClassifierConfig, storage: Storage, fingerprint: str) -> Alone:
+    def fit_alone(self, client: str, recipe: ClassifierConfig, storage: Storage, made_of: str) -> Alone:
         """Fit a classifier on the client's own images by `recipe` and write it to storage, the card last.
 
         The epoch is chosen by the client's validation images; one too small to hold any back is judged on its
@@ -139,55 +140,52 @@ class FederatedClient:
             pass
         if fit.best is None:
             raise RuntimeError(f"client {client!r} fitted no epoch")
-        folder = f"classifier/local-{client}"
-        storage.write(f"{folder}/model.safetensors", safetensors.torch.save(fit.best_weights))
-        sha256 = storage.sha256(f"{folder}/model.safetensors")
-        card = {"fingerprint": fingerprint, "sha256": sha256, "epoch": fit.best.epoch, "epochs": recipe.epochs}
-        storage.write_json(f"{folder}/card.json", card)
-        return Alone(client, folder, sha256, fit.best.epoch)
+        file = f"{classifier_folder(lone_classifier(client))}/{WEIGHTS}"
+        weights = storage.write(file, safetensors.torch.save(fit.best_weights))
+        alone = Alone(fit.best.epoch, recipe.epochs, client, fingerprint=made_of, files={WEIGHTS: weights})
+        keep(storage, alone)
+        return alone
 
-    def save_state(self, storage: Storage, file: str, state: bytes) -> None:
-        """Write a client's state to a checkpoint."""
-        storage.write(file, state)
+    def save_state(self, storage: Storage, file: str, state: bytes) -> str:
+        """Write a client's state to a checkpoint; returns the file's SHA-256."""
+        return storage.write(file, state)
 
     def load_state(self, storage: Storage, file: str) -> bytes:
         """Read a client's state from a checkpoint."""
         return storage.read(file)
 
 
-@ray.remote(num_cpus=0, max_restarts=RESTARTS, max_task_retries=RESTARTS)
 class Server:
     """Aggregates. Its vectors lie in the object store between calls, which are functions of their arguments."""
 
     def __init__(self, config: Config, task: Task) -> None:
-        self.learner = Learner(config, task, prepare_process(WorkerResources(), torch.device("cpu")))
+        self.learner = Learner(config, task, prepare_process(1, torch.device("cpu")))
         self.first = self.learner.model()
 
-    def start(self, method: Method) -> tuple[Sizes, bytes, bytes, bytes]:
+    def start(self, method: Method) -> tuple[MessageBytes, bytes, bytes, bytes]:
         """Before the first round. Returns sizes, and messages: the model, its extras, and what the server keeps."""
         return self._messages(method, self.first | method.start_server(self.first["weights"]))
 
     def aggregate(
-        self, method: Method, images: int, counts: list[int], model: bytes, kept: bytes, *uploads: bytes
-    ) -> tuple[Sizes, bytes, bytes, bytes]:
+        self, method: Method, n_images: int, counts: list[int], model: bytes, kept: bytes, *uploads: bytes
+    ) -> tuple[MessageBytes, bytes, bytes, bytes]:
         """After a round, given the participants' image counts and uploads in order, and the count of all images."""
         updates = [Update(n, unpack(upload)) for n, upload in zip(counts, uploads, strict=True)]
         server = unpack(model) | unpack(kept)
-        after = method.aggregate(server, updates, images)
+        after = method.aggregate(server, updates, n_images)
         if "buffers" in server:
             after = after | {"buffers": weighted_mean(updates, "buffers")}
         return self._messages(method, after)
 
-    def _messages(self, method: Method, server: dict[str, torch.Tensor]) -> tuple[Sizes, bytes, bytes, bytes]:
+    def _messages(self, method: Method, server: dict[str, torch.Tensor]) -> tuple[MessageBytes, bytes, bytes, bytes]:
         model = pack({k: v for k, v in server.items() if k in self.first})
         kept = pack({k: v for k, v in server.items() if k not in self.first})
         extras = pack(method.extras(server))
-        return Sizes(len(model), len(extras)), model, extras, kept
+        return MessageBytes(len(model), len(extras)), model, extras, kept
 
-    def save(self, storage: Storage, files: list[str], *messages: bytes) -> None:
-        """Write messages to a checkpoint."""
-        for file, message in zip(files, messages, strict=True):
-            storage.write(file, message)
+    def save(self, storage: Storage, files: list[str], *messages: bytes) -> list[str]:
+        """Write messages to a checkpoint; returns the files' SHA-256."""
+        return [storage.write(file, message) for file, message in zip(files, messages, strict=True)]
 
     def load(self, storage: Storage, files: list[str]) -> tuple[bytes, ...]:
         """Read messages from a checkpoint."""
@@ -197,5 +195,4 @@ class Server:
         """Write a model as a classifier's weights (state dict, safetensors); returns its SHA-256."""
         self.learner.load(unpack(model))
         state = {k: v.detach().clone().contiguous() for k, v in self.learner.network.state_dict().items()}
-        storage.write(file, safetensors.torch.save(state))
-        return storage.sha256(file)
+        return storage.write(file, safetensors.torch.save(state))

@@ -44,9 +44,9 @@ class FedDyn(Method):
         gradient = state["gradient"] - self.alpha * (weights - received["weights"])
         return {"weights": weights}, {"gradient": gradient}
 
-    def aggregate(self, server: Vectors, updates: Sequence[Update], images: int) -> Vectors:
+    def aggregate(self, server: Vectors, updates: Sequence[Update], n_images: int) -> Vectors:
         """See Method."""
-        share = sum(update.images for update in updates) / images
-        moved = weighted_sum(updates, "weights", images) - share * server["weights"]
+        share = sum(update.n_images for update in updates) / n_images
+        moved = weighted_sum(updates, "weights", n_images) - share * server["weights"]
         h = server["h"] - self.alpha * moved
         return {"weights": weighted_mean(updates, "weights") - h / self.alpha, "h": h}

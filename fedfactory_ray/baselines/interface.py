@@ -19,9 +19,9 @@ Gradient = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Update:
-    """What a client uploads in a round; `images` is n_i."""
+    """What a client uploads in a round; `n_images` is n_i."""
 
-    images: int
+    n_images: int
     vectors: Vectors
 
 
@@ -59,23 +59,23 @@ class Method:
         """After `steps` local steps: the vectors to upload, and the client's new state."""
         return {"weights": weights}, state
 
-    def aggregate(self, server: Vectors, updates: Sequence[Update], images: int) -> Vectors:
-        """The server's vectors after a round; `images` is the number of all clients' images, Σ_j n_j."""
+    def aggregate(self, server: Vectors, updates: Sequence[Update], n_images: int) -> Vectors:
+        """The server's vectors after a round; `n_images` is the number of all clients' images, Σ_j n_j."""
         step = weighted_mean(updates, "weights") - server["weights"]
         return server | {"weights": server["weights"] + self.server_lr * step}
 
 
 def weighted_mean(updates: Sequence[Update], name: str) -> Tensor:
     """Σ_{i∈S} n_i v_i / Σ_{i∈S} n_i of the uploaded vectors `name`, summed in the order of `updates`."""
-    return weighted_sum(updates, name, sum(update.images for update in updates))
+    return weighted_sum(updates, name, sum(update.n_images for update in updates))
 
 
-def weighted_sum(updates: Sequence[Update], name: str, images: int) -> Tensor:
-    """Σ_{i∈S} (n_i / `images`) v_i of the uploaded vectors `name`, summed in the order of `updates`."""
+def weighted_sum(updates: Sequence[Update], name: str, n_images: int) -> Tensor:
+    """Σ_{i∈S} (n_i / `n_images`) v_i of the uploaded vectors `name`, summed in the order of `updates`."""
     first, *rest = updates
-    total = first.vectors[name] * (first.images / images)
+    total = first.vectors[name] * (first.n_images / n_images)
     for update in rest:
-        total.add_(update.vectors[name], alpha=update.images / images)
+        total.add_(update.vectors[name], alpha=update.n_images / n_images)
     return total
 
 

@@ -38,7 +38,7 @@ class Judgement:
 
     loss: float
     right: int
-    images: int
+    n_images: int
 
 
 def held_back(share: dict[int, np.ndarray], every: int) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:

@@ -29,8 +29,6 @@ UNUSED = {
     "learning_rate",
     "weight_decay",
     "validation_fraction",
-    "checkpoint_every",
-    "in_memory_mb",
 }
 """Fields of `classifier` that no method depends on: clients descend with plain SGD, round by round."""
 

@@ -2,31 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, cast
+from typing import Any, ClassVar
 
 import ray
 
-from fedfactory_ray.baselines.client import FederatedClient, Server, Sizes, Trained
+from fedfactory_ray.baselines.client import FederatedClient, MessageBytes, Server, Trained
 from fedfactory_ray.baselines.interface import Method
 from fedfactory_ray.baselines.learner import Judgement, held_back
 from fedfactory_ray.baselines.methods import determining
-from fedfactory_ray.classification.card import verified_card
-from fedfactory_ray.cluster import absence
+from fedfactory_ray.cluster.absence import Absence
+from fedfactory_ray.cluster.actors import start_actor
 from fedfactory_ray.cluster.plan import Worker, place, placement
+from fedfactory_ray.cluster.stored import find_all
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import Task
 from fedfactory_ray.errors import ConfigError, PartitionError
 from fedfactory_ray.seeds import random_state
 from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.artefact import Artefact, fingerprint, keep
+from fedfactory_ray.storage.checkpoints import Checkpoints
 from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import WEIGHTS, classifier_folder, method_folder
 
-CHECKPOINT = ("model", "extras", "kept", "best")
+MESSAGES = ("model", "extras", "kept", "best")
+"""The server's, in a checkpoint."""
+log = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0
 """How often it is looked whether a client's task failed, or its silo is away, while others are at work."""
 
@@ -56,13 +61,21 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Federated:
-    """A finished method: its classifier in storage, the round that was chosen (0: none was better), all rounds."""
+class Federated(Artefact):
+    """A finished method and its classifier: what it was, the round that was chosen (0: none was better), all rounds."""
 
-    folder: str
-    sha256: str
+    kind: ClassVar[str] = "federated method"
+    method: dict[str, Any]
+    settings: dict[str, Any]
+    task: Task
     chosen: int
     history: list[Round]
+    name: str = ""
+
+    @property
+    def folder(self) -> str:
+        """See Artefact."""
+        return classifier_folder(self.name)
 
 
 @dataclass
@@ -73,7 +86,7 @@ class _State:
     extras: Any
     kept: Any
     best: Any
-    sizes: Sizes
+    sizes: MessageBytes
     chosen: int = 0
     clients: dict[str, Any] = field(default_factory=dict)
     history: list[Round] = field(default_factory=list)
@@ -99,20 +112,32 @@ class Federation:
     Each client stays with one slot, which keeps its images; a slot takes its clients in turn.
     """
 
-    def __init__(self, config: Config, partition: Partition, task: Task, worker: Worker, storage: Storage) -> None:
+    def __init__(
+        self,
+        config: Config,
+        partition: Partition,
+        task: Task,
+        worker: Worker,
+        storage: Storage,
+        start: Callable[..., Any] = start_actor,
+    ) -> None:
+        """`start` makes actors of their classes: on Ray or, to look at a method closely, in this process."""
         check(config, partition)
         every = config.federated.validation_every
         self.config, self.partition, self.task, self.storage = config, partition, task, storage
-        self.images = {
+        self.n_images = {
             client: sum(map(len, held_back(share, every)[0].values())) for client, share in partition.shares.items()
         }
-        demands = {"num_cpus": worker.num_cpus, "num_gpus": worker.num_gpus}
+        restarts = config.resources.attempts - 1
+        repeatable = {"max_restarts": restarts, "max_task_retries": restarts}
+        # The default strategy, else they wait for room in the placement group of a tuner's trial.
+        demands = worker.options | repeatable | {"scheduling_strategy": "DEFAULT"}
         self.slot: dict[str, Any] = {}
         for clients in self._deal(worker.slots):
             shares = {client: partition.shares[client] for client in clients}
-            actor = cast(Any, FederatedClient).options(**demands, **placement(config, clients[0]))
-            self.slot |= dict.fromkeys(clients, actor.remote(config, task, worker.resources, shares))
-        self.server = cast(Any, Server).remote(config, task)
+            options = demands | placement(config, clients[0])
+            self.slot |= dict.fromkeys(clients, start(FederatedClient, config, task, worker.threads, shares, **options))
+        self.server = start(Server, config, task, num_cpus=0, **repeatable)
 
     def _deal(self, slots: int) -> list[list[str]]:
         """The clients of each slot: alike in images, or, of natural silos, those of one place."""
@@ -121,9 +146,9 @@ class Federation:
             for client in self.partition.clients:
                 places.setdefault(place(self.config, client), []).append(client)
             return list(places.values())
-        dealt: list[list[str]] = [[] for _ in range(min(slots, len(self.images)))]
-        for client in sorted(self.images, key=lambda client: (-self.images[client], client)):
-            min(dealt, key=lambda clients: sum(self.images[c] for c in clients)).append(client)
+        dealt: list[list[str]] = [[] for _ in range(min(slots, len(self.n_images)))]
+        for client in sorted(self.n_images, key=lambda client: (-self.n_images[client], client)):
+            min(dealt, key=lambda clients: sum(self.n_images[c] for c in clients)).append(client)
         return dealt
 
     def __enter__(self) -> Federation:
@@ -140,39 +165,35 @@ class Federation:
         judges the new model on its own validation images. The best round by (3) is kept. It ends after
         `federated.rounds`, after `federated.patience` rounds without a better one, or when the weights diverge.
         """
-        settings, folder = self.config.federated, f"classifier/{name}"
-        fingerprint = self.fingerprint(method)
-        every = f"federated/{name}"  # of settings that were given up, too
-        checkpoints = f"{every}/{fingerprint[:16]}"
-        stored = stored_method(self.storage, folder, fingerprint)
+        made_of, place = self.fingerprint(method), classifier_folder(name)
+        checkpoints = Checkpoints(self.storage, method_folder(name), made_of)
+        stored = find_all(self.storage, Federated, {place: made_of}).get(place)
         if stored is not None:
-            self.storage.delete_folder(every)  # of a start that was killed at its very end
+            checkpoints.delete()  # of a start that was killed at its very end
             return stored
         state = self._resume(checkpoints) or self._start(method)
         while not self._ended(state):
             done = self._round(method, state, len(state.history) + 1)
             listen(done)
-            if done.round % settings.checkpoint_every == 0 and not self._ended(state):
+            if done.round % self.config.storage.checkpoint_rounds == 0 and not self._ended(state):
                 self._save(checkpoints, state)
-        sha256 = ray.get(self.server.export.remote(self.storage, f"{folder}/model.safetensors", state.best))
-        card = {
-            "fingerprint": fingerprint,
-            "method": {"name": name, **vars(method)},
-            "settings": settings.model_dump(mode="json"),
-            "task": asdict(self.task),
-            "sha256": sha256,
-            "chosen": state.chosen,
-            "history": [asdict(r) for r in state.history],
-        }
-        self.storage.write_json(f"{folder}/card.json", card)
-        self.storage.delete_folder(every)
-        return Federated(folder, sha256, state.chosen, state.history)
+        federated = Federated(
+            method={"name": name, **vars(method)},
+            settings=self.config.federated.model_dump(mode="json"),
+            task=self.task,
+            chosen=state.chosen,
+            history=state.history,
+            name=name,
+            fingerprint=made_of,
+            files={WEIGHTS: ray.get(self.server.export.remote(self.storage, f"{place}/{WEIGHTS}", state.best))},
+        )
+        keep(self.storage, federated)
+        checkpoints.delete()
+        return federated
 
     def fingerprint(self, method: Method) -> str:
-        """SHA-256 of all that determines the method's result."""
-        data = [self.config.data.source, self.partition.sha256, asdict(self.task)]
-        content = [determining(self.config, method), data]
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        """What determines the method's result."""
+        return fingerprint(Federated.kind, determining(self.config, method), self.partition.content, asdict(self.task))
 
     def participants(self, round_: int) -> list[str]:
         """The clients of a round, in order: the same for every method."""
@@ -205,8 +226,8 @@ class Federation:
         bytes_down = len(clients) * (state.sizes.extras + (state.sizes.model if number == 1 else 0))
         sizes, state.model, state.extras, state.kept = self.server.aggregate.options(num_returns=4).remote(
             method,
-            sum(self.images.values()),
-            [self.images[client] for client in clients],
+            sum(self.n_images.values()),
+            [self.n_images[client] for client in clients],
             state.model,
             state.kept,
             *uploads,
@@ -220,11 +241,11 @@ class Federation:
         state.sizes = ray.get(sizes)
         # The model goes to every client to be judged; those of the next round have it then.
         bytes_down += len(judgements) * state.sizes.model
-        validated = sum(j.images for j in judgements)
+        validated = sum(j.n_images for j in judgements)
         done = Round(
             round=number,
             clients=len(clients),
-            train_loss=sum(t.loss * t.images for t in trained) / sum(t.images for t in trained),
+            train_loss=sum(t.loss * t.n_images for t in trained) / sum(t.n_images for t in trained),
             validation_loss=sum(j.loss for j in judgements) / validated,
             validation_accuracy=sum(j.right for j in judgements) / validated,
             bytes_up=sum(t.bytes_up for t in trained),
@@ -238,65 +259,63 @@ class Federation:
         return done
 
     def replies(self, asked: Mapping[Any, str]) -> Iterator[Any]:
-        """The values of the references `asked`, as they come; each is given by a client.
+        """See `replies_of`."""
+        return replies_of(asked, self.config)
 
-        Raises what a client's task raised, or ResourcesError when the silo of one that has not replied stays away.
-        """
-        waiting, away = list(asked), absence.Absence(self.config)
-        while waiting:
-            ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_SECONDS, fetch_local=False)
-            yield from ray.get(ready)
-            for refusal in away.given_up(asked[reference] for reference in waiting).values():
-                raise refusal
-
-    def _save(self, folder: str, state: _State) -> None:
-        """Write a checkpoint: messages and the clients' vectors first, what names them last."""
+    def _save(self, checkpoints: Checkpoints, state: _State) -> None:
+        """Write a checkpoint: messages and the clients' vectors where they are, what names them here."""
         number = len(state.history)
-        messages = [f"{folder}/round-{number:05d}/{name}.safetensors" for name in CHECKPOINT]
-        saved = self.server.save.remote(self.storage, messages, state.model, state.extras, state.kept, state.best)
+        names = [f"{name}.safetensors" for name in MESSAGES]
+        messages = (state.model, state.extras, state.kept, state.best)
+        saved = self.server.save.remote(self.storage, [checkpoints.file(number, name) for name in names], *messages)
         written = {
-            self.slot[client].save_state.remote(
-                self.storage, f"{folder}/round-{number:05d}/{client}.safetensors", vectors
-            ): client
+            self.slot[client].save_state.remote(self.storage, checkpoints.file(number, _file(client)), vectors): client
             for client, vectors in state.clients.items()
         }
         for _ in self.replies(written):
             pass
-        ray.get(saved)
-        older = self.storage.read_json(f"{folder}/progress.json") if self._progress(folder) else None
-        progress = {
-            "sizes": asdict(state.sizes),
-            "chosen": state.chosen,
-            "clients": sorted(state.clients),
-            "history": [asdict(r) for r in state.history],
-        }
-        self.storage.write_json(f"{folder}/progress.json", progress)
-        if older is not None:
-            self.storage.filesystem.delete_dir(self.storage.path(f"{folder}/round-{len(older['history']):05d}"))
-
-    def _progress(self, folder: str) -> bool:
-        return self.storage.exists(f"{folder}/progress.json")
-
-    def _resume(self, folder: str) -> _State | None:
-        if not self._progress(folder):
-            return None
-        progress = self.storage.read_json(f"{folder}/progress.json")
-        place = f"{folder}/round-{len(progress['history']):05d}"
-        model, extras, kept, best = self.server.load.options(num_returns=len(CHECKPOINT)).remote(
-            self.storage, [f"{place}/{name}.safetensors" for name in CHECKPOINT]
+        digests = dict(zip(names, ray.get(saved), strict=True))
+        digests |= {_file(client): ray.get(reply) for reply, client in written.items()}
+        checkpoints.seal(
+            number,
+            digests,
+            {
+                "sizes": asdict(state.sizes),
+                "chosen": state.chosen,
+                "clients": sorted(state.clients),
+                "history": [asdict(r) for r in state.history],
+            },
         )
+
+    def _resume(self, checkpoints: Checkpoints) -> _State | None:
+        newest = checkpoints.newest()
+        if newest is None:
+            return None
+        log.info("the rounds go on from round %d of %d", newest.step, self.config.federated.rounds)
+        files = [checkpoints.file(newest.step, f"{name}.safetensors") for name in MESSAGES]
+        model, extras, kept, best = self.server.load.options(num_returns=len(MESSAGES)).remote(self.storage, files)
         clients = {
-            client: self.slot[client].load_state.remote(self.storage, f"{place}/{client}.safetensors")
-            for client in progress["clients"]
+            client: self.slot[client].load_state.remote(self.storage, checkpoints.file(newest.step, _file(client)))
+            for client in newest.state["clients"]
         }
-        history = [Round(**line) for line in progress["history"]]
-        sizes = Sizes(**progress["sizes"])
-        return _State(model, extras, kept, best, sizes, progress["chosen"], clients, history)
+        history = [Round(**line) for line in newest.state["history"]]
+        sizes = MessageBytes(**newest.state["sizes"])
+        return _State(model, extras, kept, best, sizes, newest.state["chosen"], clients, history)
 
 
-def stored_method(storage: Storage, folder: str, fingerprint: str) -> Federated | None:
-    """The finished method in `folder`, if it was made by these settings and verifies."""
-    card = verified_card(storage, folder, fingerprint)
-    if card is None:
-        return None
-    return Federated(folder, card["sha256"], card["chosen"], [Round(**line) for line in card["history"]])
+def _file(client: str) -> str:
+    return f"client-{client}.safetensors"
+
+
+def replies_of(asked: Mapping[Any, str], config: Config) -> Iterator[Any]:
+    """The values of the references `asked`, as they come; each is given by a client.
+
+    Raises what a client's task raised, or ResourcesError when the silo of one that has not replied stays away.
+    """
+    waiting, away = list(asked), Absence(config)
+    while waiting:
+        ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_SECONDS, fetch_local=False)
+        yield from ray.get(ready)
+        for client, refusal in away.given_up(asked[reference] for reference in waiting).items():
+            log.warning("%s is given up: %s", client, refusal)
+            raise refusal

@@ -48,7 +48,7 @@ class Scaffold(Method):
         change = (received["weights"] - weights) / (steps * learning_rate) - received["control"]
         return {"weights": weights, "control_change": change}, {"control": state["control"] + change}
 
-    def aggregate(self, server: Vectors, updates: Sequence[Update], images: int) -> Vectors:
+    def aggregate(self, server: Vectors, updates: Sequence[Update], n_images: int) -> Vectors:
         """See Method."""
-        control = server["control"] + weighted_sum(updates, "control_change", images)
-        return super().aggregate(server, updates, images) | {"control": control}
+        control = server["control"] + weighted_sum(updates, "control_change", n_images)
+        return super().aggregate(server, updates, n_images) | {"control": control}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedfactory_ray.data.transforms import augment as apply_symmetry
+from fedfactory_ray.data.transforms import augment
 from fedfactory_ray.settings.sections import ClassifierConfig
 
 SYMMETRIES = {"none": 1, "horizontal": 2, "dihedral": 8}
@@ -26,7 +26,7 @@ def augment_batch(images: Tensor, config: ClassifierConfig, draw: torch.Generato
         return torch.rand(shape, generator=draw, device=device) * (high - low) + low
 
     if SYMMETRIES[config.flips] > 1:
-        images = apply_symmetry(images, torch.randint(SYMMETRIES[config.flips], (n,), generator=draw, device=device))
+        images = augment(images, torch.randint(SYMMETRIES[config.flips], (n,), generator=draw, device=device))
     if config.rotate or config.scale or config.shift:
         angle = uniform(n) * math.radians(config.rotate)
         zoom = 1 + uniform(n) * config.scale

@@ -41,7 +41,7 @@ class Evaluation:
     recall: list[float | None]
     confusion: list[list[int]]
     majority: float
-    images: int
+    n_images: int
 
     def scalars(self) -> dict[str, float]:
         """Flat metrics, for tracking and tables."""
@@ -87,7 +87,7 @@ def evaluate(logits: np.ndarray, labels: np.ndarray, seed: int = 0) -> Evaluatio
         recall=recall,
         confusion=confusion.tolist(),
         majority=float(confusion.sum(1).max() / confusion.sum()),
-        images=len(labels),
+        n_images=len(labels),
     )
 
 

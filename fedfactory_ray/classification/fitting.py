@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import safetensors.torch
 import torch
@@ -24,7 +24,8 @@ from fedfactory_ray.settings.sections import ClassifierConfig
 from fedfactory_ray.storage.layout import WEIGHTS
 
 WARMUP = 0.05
-PROGRESS = "fit.json"
+STATE, PROGRESS = "state.pt", "fit.json"
+"""Files of a checkpoint, beside the best weights: what continues the fit; step, best epoch and history."""
 
 
 @dataclass(frozen=True)
@@ -150,29 +151,30 @@ class Fit:
         total, right, count = sums.tolist()
         return total / count, right / count
 
-    def save(self, folder: str | Path) -> None:
-        """Write a checkpoint: the best weights as safetensors, what continues the fit beside them."""
+    def save(self) -> dict[str, bytes]:
+        """A checkpoint, as files by name: the best weights as safetensors, and what continues the fit."""
         state = {
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
-        torch.save(state, Path(folder, "state.pt"))
-        safetensors.torch.save_file(self.best_weights, Path(folder, WEIGHTS))
-        Path(folder, PROGRESS).write_text(json.dumps(self.progress()))
+        stream = io.BytesIO()
+        torch.save(state, stream)
+        weights, progress = safetensors.torch.save(self.best_weights), json.dumps(self.progress()).encode()
+        return {STATE: stream.getvalue(), WEIGHTS: weights, PROGRESS: progress}
 
     def progress(self) -> dict[str, object]:
         """Step, best epoch and history, as JSON values."""
         best = None if self.best is None else asdict(self.best)
         return {"step": self.step, "best": best, "history": [asdict(epoch) for epoch in self.history]}
 
-    def load(self, folder: str | Path) -> None:
+    def load(self, files: Mapping[str, bytes]) -> None:
         """Go on from a checkpoint of the same recipe."""
-        state = torch.load(Path(folder, "state.pt"), map_location=self.device, weights_only=True)
+        state = torch.load(io.BytesIO(files[STATE]), map_location=self.device, weights_only=True)
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-        self.best_weights = safetensors.torch.load_file(Path(folder, WEIGHTS))
-        progress = json.loads(Path(folder, PROGRESS).read_text())
+        self.best_weights = safetensors.torch.load(files[WEIGHTS])
+        progress = json.loads(files[PROGRESS])
         self.step, self.best = progress["step"], Epoch(**progress["best"]) if progress["best"] else None
         self.history = [Epoch(**epoch) for epoch in progress["history"]]

@@ -19,9 +19,8 @@ from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.data.source import Task
 from fedfactory_ray.data.transforms import to_tensor
 from fedfactory_ray.settings.config import Config
-from fedfactory_ray.settings.places import WorkerResources
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import MIXTURE, PRODUCT
+from fedfactory_ray.storage.layout import MIXTURE, PRODUCT, WEIGHTS
 
 BATCH_SIZE = 500
 
@@ -43,7 +42,7 @@ class TestResult:
 def load_network(config: Config, task: Task, storage: Storage, folder: str) -> torch.nn.Module:
     """The fitted network of a classifier in storage, in evaluation mode, on the CPU."""
     network = make_classifier(config.classifier.model, task, config.classifier.norm)
-    network.load_state_dict(safetensors.torch.load(storage.read(f"{folder}/model.safetensors")))
+    network.load_state_dict(safetensors.torch.load(storage.read(f"{folder}/{WEIGHTS}")))
     return network.eval()
 
 
@@ -55,11 +54,11 @@ def predict_logits(network: torch.nn.Module, images: np.ndarray, device: torch.d
     return torch.cat([network(to_tensor(batch, device)).float().cpu() for batch in batches])
 
 
-@ray.remote(max_retries=2)
+@ray.remote
 def evaluate_on_test(
     config: Config,
     task: Task,
-    resources: WorkerResources,
+    threads: int,
     storage: Storage,
     folders: dict[str, str],
     experts: dict[str, str],
@@ -71,7 +70,7 @@ def evaluate_on_test(
     Experts count each alone, as a mixture and as a product; the product is compared with every classifier. `ensembles`
     (name → names in `folders`) are evaluated beside the classifiers: the mean of their members' probabilities.
     """
-    device = prepare_process(resources, assigned_device(ray.get_gpu_ids()))
+    device = prepare_process(threads, assigned_device(ray.get_gpu_ids()))
     source = open_source(config.data)
     images, labels = source.images("test"), source.labels("test")
     found, lone = (
@@ -82,11 +81,11 @@ def evaluate_on_test(
         for of in (folders, experts)
     )
     shown = {y: images[labels == y][:examples] for y in range(task.classes)}
-    result = compare(found, lone, ensembles or {}, labels, config.seed, shown)
+    result = score(found, lone, ensembles or {}, labels, config.seed, shown)
     return replace(result, environment=environment(device))
 
 
-def compare(
+def score(
     classifiers: dict[str, torch.Tensor],
     experts: dict[str, torch.Tensor],
     ensembles: dict[str, list[str]],
@@ -108,11 +107,11 @@ def compare(
         {name: evaluate(each, labels, seed) for name, each in found.items()},
         {client: evaluate(logits.numpy(), labels, seed) for client, logits in experts.items()},
         differences,
-        {name: digest(each) for name, each in found.items()},
+        {name: probabilities_sha256(each) for name, each in found.items()},
         examples,
     )
 
 
-def digest(logits: np.ndarray) -> str:
+def probabilities_sha256(logits: np.ndarray) -> str:
     """SHA-256 of the probabilities, float32 (n, classes), of log-probabilities up to a constant an image."""
     return hashlib.sha256(softmax(logits.astype(np.float64), axis=1).astype("<f4").tobytes()).hexdigest()

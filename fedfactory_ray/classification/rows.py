@@ -27,15 +27,15 @@ class Rows:
     table: Callable[[], pa.Table]
     dataset: Callable[[], ray.data.Dataset]
     digest: str
-    images: int
+    n_images: int
     unit_size: int
 
 
 def shard_rows(storage: Storage, manifest: list[Shard], digest: str, unit_size: int) -> Rows:
     """Rows of the synthetic Parquet shards."""
     files = [shard.file for shard in manifest]
-    images = sum(shard.n for shard in manifest)
-    return Rows(partial(read_shards, storage, files), partial(_stream, storage, files), digest, images, unit_size)
+    n_images = sum(shard.n for shard in manifest)
+    return Rows(partial(read_shards, storage, files), partial(_stream, storage, files), digest, n_images, unit_size)
 
 
 def _stream(storage: Storage, files: list[str]) -> ray.data.Dataset:

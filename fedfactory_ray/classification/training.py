@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
+import logging
 import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from queue import Empty
-from typing import Any
+from typing import Any, ClassVar
 
 import ray
 import ray.train
@@ -19,29 +20,40 @@ import ray.train.torch
 from ray.util.queue import Queue
 
 from fedfactory_ray.classification.batches import Batches, HeldBatches, StreamedBatches, keep_side
-from fedfactory_ray.classification.card import verified_card
-from fedfactory_ray.classification.fitting import Epoch
+from fedfactory_ray.classification.fitting import PROGRESS, Epoch
 from fedfactory_ray.classification.rows import Rows
 from fedfactory_ray.cluster.plan import Worker
+from fedfactory_ray.cluster.stored import find_all
 from fedfactory_ray.data.source import Task
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.artefact import Artefact, fingerprint, keep
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import WEIGHTS
+from fedfactory_ray.storage.layout import WEIGHTS, classifier_folder, trainer_folder
 
+log = logging.getLogger(__name__)
 POLL_SECONDS = "0.5"
 """How often Ray Train's controller looks after its workers; by default every 2 s, for which short fits would wait."""
 
 
 @dataclass(frozen=True)
-class Classifier:
-    """A fitted classifier in storage: `<folder>/model.safetensors`."""
+class Classifier(Artefact):
+    """A fitted classifier, `name` in its run: the digest of the rows that it was fitted on, the epoch that validation
+    images chose, and its accuracy on them."""
 
-    folder: str
-    sha256: str
+    kind: ClassVar[str] = "classifier"
+    rows: str
     epoch: int
     validation_accuracy: float
     history: list[Epoch]
+    task: Task
+    model: str
+    name: str = ""
+
+    @property
+    def folder(self) -> str:
+        """See Artefact."""
+        return classifier_folder(self.name)
 
 
 def fit(
@@ -52,6 +64,7 @@ def fit(
     storage: Storage,
     name: str,
     listen: Callable[[Epoch], None],
+    *,
     judged: bool = False,
 ) -> Classifier:
     """Fit the configured classifier on `rows` and keep it in storage under classifier/`name`.
@@ -60,101 +73,115 @@ def fit(
     a fit that broke off goes on from its last checkpoint. The best epoch by validation loss is kept. Where the fit is
     `judged`, every epoch also tells of the real validation split.
     """
-    folder = f"classifier/{name}"
-    fingerprint = fit_fingerprint(config, rows.digest)
-    stored = _stored(storage, folder, fingerprint)
-    trainer_folder = f"train-{name}-{fingerprint[:16]}"
-    if stored is not None:
-        storage.delete_folder(trainer_folder)  # of a start that was killed at its very end
-        return stored
-    fraction = config.classifier.validation_fraction
-    held = rows.images * task.channels * task.resolution**2 <= config.classifier.in_memory_mb * 2**20
-    datasets: dict[str, ray.data.Dataset] = {}
-    if not held:
-        sides, dataset = {"train": False, "validation": True}, rows.dataset()
-        datasets = {
-            name: dataset.map_batches(
-                keep_side,
-                fn_kwargs={"unit_size": rows.unit_size, "fraction": fraction, "validation": side},
-                batch_format="pyarrow",
-            )
-            for name, side in sides.items()
-        }
+    held = fits_in_memory(config, rows.n_images, task)
+    made_of = fit_fingerprint(config, rows.digest, held=held)
+    checkpoints = trainer_folder(name, made_of)
+    found = find_all(storage, Classifier, {classifier_folder(name): made_of}).get(classifier_folder(name))
+    if found is None:
+        result = _train(config, rows, task, worker, storage, checkpoints, listen, held=held, judged=judged)
+        found = _keep(config, storage, name, made_of, rows, task, result.checkpoint)
+    storage.delete_folder(checkpoints)  # those of a start that was killed at its very end, too
+    return found
+
+
+def fits_in_memory(config: Config, n_images: int, task: Task) -> bool:
+    """Whether each worker holds the training set, instead of reading it anew each epoch."""
+    return n_images * task.channels * task.resolution**2 <= config.resources.in_memory_mb * 2**20
+
+
+def fit_fingerprint(config: Config, rows_digest: str, *, held: bool) -> str:
+    """What determines a classifier: its rows and how they are read, the recipe, and the workers that share a batch."""
+    recipe, resources = config.classifier.model_dump(mode="json"), config.resources
+    workers = [resources.classifier_workers, resources.classifier.threads]
+    return fingerprint(Classifier.kind, rows_digest, held, recipe, workers, config.seed)
+
+
+def _train(
+    config: Config,
+    rows: Rows,
+    task: Task,
+    worker: Worker,
+    storage: Storage,
+    folder: str,
+    listen: Callable[[Epoch], None],
+    *,
+    held: bool,
+    judged: bool,
+) -> ray.train.Result:
+    """Run the fit with Ray Train, which keeps its checkpoints in `folder` and goes on from the last one there."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
     queue = Queue(actor_options={"num_cpus": 0})
-    settings = {
-        "config": config,
-        "task": task,
-        "resources": worker.resources,
-        "table": rows.table if held else None,
-        "unit_size": rows.unit_size,
-        "steps": max(1, int(rows.images * (1 - fraction)) // config.classifier.batch_size),
-        "queue": queue,
-        "judged": judged,
-    }
+    batches = int(rows.n_images * (1 - config.classifier.validation_fraction)) // config.classifier.batch_size
+    datasets = {} if held else _streams(config, rows)
     trainer = ray.train.torch.TorchTrainer(
         _fit_on_worker,
-        train_loop_config=settings,
+        train_loop_config={
+            "config": config,
+            "task": task,
+            "threads": worker.threads,
+            "gpu": worker.num_gpus > 0,
+            "table": rows.table if held else None,
+            "unit_size": rows.unit_size,
+            "steps": max(1, batches),
+            "queue": queue,
+            "judged": judged,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.resources.classifier_workers,
             use_gpu=worker.num_gpus > 0,
             resources_per_worker={"CPU": worker.num_cpus} | ({"GPU": worker.num_gpus} if worker.num_gpus else {}),
         ),
         run_config=ray.train.RunConfig(
-            name=trainer_folder,
+            name=folder,
             storage_path=storage.root,
             storage_filesystem=storage.filesystem,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
-            failure_config=ray.train.FailureConfig(max_failures=2),
+            failure_config=ray.train.FailureConfig(max_failures=config.resources.attempts - 1),
         ),
         datasets=datasets,
         dataset_config=ray.train.DataConfig(datasets_to_split=["train"]) if datasets else None,
     )
     with _relay(queue, listen):
-        checkpoint = trainer.fit().checkpoint
-    state = json.loads(_read(checkpoint, "fit.json"))
-    storage.write(f"{folder}/{WEIGHTS}", _read(checkpoint, WEIGHTS))
-    card = {
-        "fingerprint": fingerprint,
-        "rows": rows.digest,
-        "sha256": storage.sha256(f"{folder}/{WEIGHTS}"),
-        "epoch": state["best"]["epoch"],
-        "validation_accuracy": state["best"]["validation_accuracy"],
-        "history": state["history"],
-        "task": asdict(task),
-        "model": config.classifier.model,
+        return trainer.fit()
+
+
+def _streams(config: Config, rows: Rows) -> dict[str, ray.data.Dataset]:
+    """The rows as data sets, those that train and those that validate."""
+    dataset, fraction = rows.dataset(), config.classifier.validation_fraction
+    return {
+        name: dataset.map_batches(
+            keep_side,
+            fn_kwargs={"unit_size": rows.unit_size, "fraction": fraction, "validation": side},
+            batch_format="pyarrow",
+        )
+        for name, side in {"train": False, "validation": True}.items()
     }
-    storage.write_json(f"{folder}/card.json", card)
-    storage.delete_folder(trainer_folder)
-    fitted = _stored(storage, folder, fingerprint)
-    if fitted is None:
-        raise RuntimeError(f"{storage.uri}/{folder} does not verify right after it was written: check the storage")
-    return fitted
 
 
-def fit_fingerprint(config: Config, rows_digest: str) -> str:
-    """SHA-256 of all that determines a classifier."""
-    recipe = [
-        rows_digest,
-        config.classifier.model_dump(mode="json"),
-        config.resources.classifier_workers,
-        config.seed,
-    ]
-    return hashlib.sha256(json.dumps(recipe).encode()).hexdigest()
+def _keep(
+    config: Config, storage: Storage, name: str, made_of: str, rows: Rows, task: Task, checkpoint: Any
+) -> Classifier:
+    """Keep the best weights of a finished fit's last checkpoint, and say what they are."""
+    progress = json.loads(_read(checkpoint, PROGRESS))
+    weights = storage.write(f"{classifier_folder(name)}/{WEIGHTS}", _read(checkpoint, WEIGHTS))
+    classifier = Classifier(
+        name=name,
+        rows=rows.digest,
+        epoch=progress["best"]["epoch"],
+        validation_accuracy=progress["best"]["validation_accuracy"],
+        history=[Epoch(**epoch) for epoch in progress["history"]],
+        task=task,
+        model=config.classifier.model,
+        fingerprint=made_of,
+        files={WEIGHTS: weights},
+    )
+    keep(storage, classifier)
+    return classifier
 
 
 def _read(checkpoint: Any, name: str) -> bytes:
     with checkpoint.filesystem.open_input_stream(f"{checkpoint.path}/{name}") as stream:
         return bytes(stream.read())
-
-
-def _stored(storage: Storage, folder: str, fingerprint: str) -> Classifier | None:
-    """The classifier in `folder`, if it was made by this recipe from these rows and verifies."""
-    card = verified_card(storage, folder, fingerprint)
-    if card is None:
-        return None
-    history = [Epoch(**epoch) for epoch in card["history"]]
-    return Classifier(folder, card["sha256"], card["epoch"], card["validation_accuracy"], history)
 
 
 @contextlib.contextmanager
@@ -163,9 +190,14 @@ def _relay(queue: Queue, listen: Callable[[Epoch], None]) -> Iterator[None]:
     done = threading.Event()
 
     def relay() -> None:
+        expected = 1
         while True:
             try:
-                listen(Epoch(**queue.get(timeout=0.5)))
+                epoch = Epoch(**queue.get(timeout=0.5))
+                if epoch.epoch != expected:
+                    log.info("the fit goes on from epoch %d of %d", epoch.epoch - 1, epoch.epochs)
+                expected = epoch.epoch + 1
+                listen(epoch)
             except Empty:
                 if done.is_set():
                     return
@@ -191,8 +223,8 @@ def _fit_on_worker(settings: dict[str, Any]) -> None:
     context = ray.train.get_context()
     rank, world = context.get_world_rank(), context.get_world_size()
     # Workers on one node see each other's GPUs, so Ray Train has to tell which one is whose.
-    chosen = ray.train.torch.get_device() if settings["resources"].num_gpus else torch.device("cpu")
-    device = prepare_process(settings["resources"], chosen)
+    chosen = ray.train.torch.get_device() if settings["gpu"] else torch.device("cpu")
+    device = prepare_process(settings["threads"], chosen)
     seed = derive_seed(config.seed, "classifier")
     training, validation = _batches(config, settings, seed, rank, world)
     real = _real_batches(config, settings["task"], rank, world) if settings["judged"] else None
@@ -209,16 +241,17 @@ def _fit_on_worker(settings: dict[str, Any]) -> None:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint:
         with checkpoint.as_directory() as folder:
-            fit.load(folder)
+            fit.load({path.name: path.read_bytes() for path in Path(folder).iterdir() if path.is_file()})
     for epoch in fit.epochs(training, validation, real):
         if rank == 0:
             settings["queue"].put(asdict(epoch))  # plain values, or the queue's process would import torch
         # A report waits until the controller polls: only checkpoints are worth that.
-        if epoch.epoch % config.classifier.checkpoint_every and epoch.epoch != epoch.epochs:
+        if epoch.epoch % config.storage.checkpoint_epochs and epoch.epoch != epoch.epochs:
             continue
         if rank == 0:
             with tempfile.TemporaryDirectory() as folder:
-                fit.save(folder)
+                for name, content in fit.save().items():
+                    Path(folder, name).write_bytes(content)
                 ray.train.report(asdict(epoch), checkpoint=ray.train.Checkpoint.from_directory(folder))
         else:
             ray.train.report(asdict(epoch))

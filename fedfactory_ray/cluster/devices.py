@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from fedfactory_ray.errors import ResourcesError
-from fedfactory_ray.settings.places import WorkerResources
 from fedfactory_ray.settings.sections import Precision
 
 
@@ -32,10 +31,10 @@ def assigned_device(gpu_ids: list[int] | list[str]) -> torch.device:
     return torch.device("cuda", 0)
 
 
-def prepare_process(resources: WorkerResources, device: torch.device) -> torch.device:
-    """Fix what could vary in a process that computes on `device`, with the configured torch threads."""
+def prepare_process(threads: int, device: torch.device) -> torch.device:
+    """Fix what could vary in a process that computes on `device` with so many torch threads; returns the device."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(resources.threads)
+    torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = False
     torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms imports the compiler: seconds
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # saves a pass

@@ -60,9 +60,9 @@ class Worker:
     slots: int
 
     @property
-    def resources(self) -> WorkerResources:
-        """The same, as configuration for the process itself."""
-        return WorkerResources(num_cpus=self.num_cpus, num_gpus=self.num_gpus, threads=self.threads)
+    def options(self) -> dict[str, float]:
+        """Its demands as Ray's options."""
+        return {"num_cpus": self.num_cpus, "num_gpus": self.num_gpus}
 
 
 @dataclass(frozen=True)

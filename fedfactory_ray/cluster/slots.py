@@ -1,30 +1,30 @@
-"""Slots: client actors that serve client after client, as many side by side as the cluster has room for."""
+"""Slots: actors that serve client after client, as many side by side as the cluster has room for."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any
 
 import ray
 from ray.exceptions import ActorUnschedulableError, RayError
 
-from fedfactory_ray.cluster import absence
-from fedfactory_ray.cluster.plan import Worker, place, placement
-from fedfactory_ray.federation.client import ClientActor
+from fedfactory_ray.cluster.absence import Absence
+from fedfactory_ray.cluster.plan import Worker, place
 from fedfactory_ray.settings.config import Config
-from fedfactory_ray.storage.files import Storage
 
-ATTEMPTS = 3
+log = logging.getLogger(__name__)
 
 
 class Slots:
     """The actors: each serves clients of its own place, and goes when nobody waits for that place."""
 
-    def __init__(self, config: Config, worker: Worker, storage: Storage) -> None:
-        self.config, self.worker, self.storage = config, worker, storage
+    def __init__(self, config: Config, worker: Worker, start: Callable[[str], Any]) -> None:
+        """`start(client)` starts an actor where that client's images may be read."""
+        self.config, self.start = config, start
         self.idle: dict[str, list[Any]] = {}
         self.count = 0
-        self.absence = absence.Absence(config)
+        self.absence = Absence(config)
         # Natural silos wait for their own nodes, so none may wait for another's slot.
         self.limit = len(config.partition.silos) or worker.slots
 
@@ -33,16 +33,17 @@ class Slots:
         clients: list[str],
         begin: Callable[[Any, str], Any],
         hear: Callable[[str, Any, Any], None],
-        fail: Callable[[str, RayError, int], bool],
+        fail: Callable[[str, RayError, bool], bool],
     ) -> None:
         """Serve `clients` in this order, as slots come free.
 
         `begin(actor, client)` starts the client's stream; `hear(client, event, stream)` takes each of its events;
-        `fail(client, error, attempts)` tells whether a client whose stream broke off is given to another actor; that of
-        a silo which stays away counts as the last attempt.
+        `fail(client, error, last)` returns True to retry on another actor. It is not asked to after the `last` of
+        `resources.attempts`, nor is a silo that stays away ever retried.
         """
         waiting, attempts = list(clients), dict.fromkeys(clients, 0)
         running: dict[Any, tuple[str, Any]] = {}
+        most, patience = self.config.resources.attempts, self.config.resources.away_seconds
         try:
             while waiting or running:
                 self._keep_places({place(self.config, client) for client in waiting})
@@ -52,16 +53,16 @@ class Slots:
                         waiting.remove(client)
                         attempts[client] += 1
                         running[begin(actor, client)] = (client, actor)
-                ready, _ = ray.wait(list(running), num_returns=1, timeout=absence.AWAY_SECONDS / 10, fetch_local=False)
+                ready, _ = ray.wait(list(running), num_returns=1, timeout=patience / 10, fetch_local=False)
                 if not ready:
                     away = self.absence.given_up(client for client, _ in running.values())
                     for stream in [stream for stream, (client, _) in running.items() if client in away]:
                         client, actor = running.pop(stream)
                         self._stop(actor)
-                        seconds = absence.AWAY_SECONDS
-                        error = ActorUnschedulableError(f"for {seconds:g} s no node may read the silo of {client}")
+                        error = ActorUnschedulableError(f"for {patience:g} s no node may read the silo of {client}")
                         error.__cause__ = away[client]
-                        fail(client, error, ATTEMPTS)
+                        log.warning("%s is given up: %s", client, reason(error))
+                        fail(client, error, True)
                     continue
                 (stream,) = ready
                 client, actor = running[stream]
@@ -74,7 +75,10 @@ class Slots:
                 except RayError as error:
                     del running[stream]
                     self._stop(actor)
-                    if fail(client, error, attempts[client]):
+                    last = attempts[client] == most
+                    if fail(client, error, last) and not last:
+                        why = reason(error)
+                        log.warning("%s is tried again, attempt %d of %d: %s", client, attempts[client] + 1, most, why)
                         waiting.append(client)
         finally:
             for _, actor in running.values():
@@ -89,9 +93,7 @@ class Slots:
         if self.count == self.limit:
             return None
         self.count += 1
-        demands = {"num_cpus": self.worker.num_cpus, "num_gpus": self.worker.num_gpus}
-        options = cast(Any, ClientActor).options(**demands, **placement(self.config, client))
-        return options.remote(self.config, self.worker.resources, self.storage)
+        return self.start(client)
 
     def _stop(self, actor: Any) -> None:
         """End an actor, so that what it held goes to those that wait for room (a dead node's slot may never return)."""
@@ -103,3 +105,10 @@ class Slots:
         for left in set(self.idle) - places:
             for actor in self.idle.pop(left):
                 self._stop(actor)
+
+
+def reason(error: RayError) -> str:
+    """One line that tells why an actor or its task failed."""
+    cause = getattr(error, "cause", None) or error
+    first, *_ = str(cause).strip().splitlines() or [""]
+    return f"{type(cause).__name__}: {first}"

@@ -21,25 +21,28 @@ from fedfactory_ray.comparison.report import (
     LONE,
     MEAN,
     Comparison,
-    Line,
+    MethodLine,
     comparison_table,
     draw,
     log_comparison,
     over_seeds,
 )
 from fedfactory_ray.errors import ConfigError
-from fedfactory_ray.pipeline import phases as pipeline
+from fedfactory_ray.pipeline import phases
+from fedfactory_ray.pipeline.listeners import Listeners
 from fedfactory_ray.pipeline.report import partition_table
+from fedfactory_ray.pipeline.results import expert_bytes, uploaded_bytes
 from fedfactory_ray.pipeline.session import Session, open_session
 from fedfactory_ray.settings.config import Config
-from fedfactory_ray.storage.layout import CENTRALISED, LOCAL, PLOT, PRODUCT, TABLE
+from fedfactory_ray.storage.layout import CENTRALISED, LOCAL, PLOT, PRODUCT, TABLE, WEIGHTS, lone_classifier
 from fedfactory_ray.tracking import runs as tracking
 from fedfactory_ray.tracking.progress import bars
-from fedfactory_ray.tracking.runs import ClientRun, Run
+from fedfactory_ray.tracking.runs import Run
 
 if TYPE_CHECKING:
     from fedfactory_ray.baselines.rounds import Federated, Federation, Round
     from fedfactory_ray.classification.evaluation import Difference
+    from fedfactory_ray.classification.prediction import TestResult
     from fedfactory_ray.federation.experts import Experts
     from fedfactory_ray.generation.card import Modules
     from fedfactory_ray.synthesis.shard import Shard
@@ -88,7 +91,7 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
     with open_session(config, console, draws=draws) as session, ExitStack() as ending:
         console.print(partition_table(session.partition, session.info))
         folders: dict[str, str] = {}
-        lines: dict[str, Line] = {}
+        lines: dict[str, MethodLine] = {}
         runs = {method: session.run.child(method) for method in method_names() if method in methods}
         federated = [method for method in runs if method not in (FACTORY, FACTORY_II, CENTRALISED, LOCAL)]
         if federated or LOCAL in methods:
@@ -97,34 +100,36 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
             check(config, session.partition)
         if federated and config.classifier.norm == "batch":
             console.print("note: statistics of batch norms are averaged too; --classifier.norm group has none")
-        experts = None
+        experts, listeners = None, Listeners(console, session.logged)
         if draws:
-            modules, manifest = make_images(session)
+            modules = phases.train_modules(session, listeners)
+            listeners.end_clients()
+            manifest = phases.draw_images(session, listeners, modules)
             if FACTORY in methods:
-                lines[FACTORY], folders[FACTORY] = run_factory(session, modules, manifest)
+                lines[FACTORY], folders[FACTORY] = run_factory(session, listeners, modules, manifest)
             if FACTORY_II in methods:
-                lines[FACTORY_II], experts = run_experts(session, modules, manifest)
+                lines[FACTORY_II], experts = run_experts(session, listeners, modules, manifest)
         if CENTRALISED in methods:
-            lines[CENTRALISED], folders[CENTRALISED] = run_centralised(session)
+            lines[CENTRALISED], folders[CENTRALISED] = run_centralised(session, listeners)
         curves, alone, diverged = {}, [], []
         if federated or LOCAL in methods:
             federation = ending.enter_context(
-                Federation(config, session.partition, pipeline.make_task(session), session.plan.client, session.storage)
+                Federation(config, session.partition, session.info.task, session.plan.client, session.storage)
             )
             if LOCAL in methods:
                 alone = run_local(session, federation, folders)
             for method in federated:
-                done = run_federated(session, federation, method, runs[method])
+                done = run_federated(session, listeners, federation, method, runs[method])
                 lines[method], folders[method] = federated_line(method, done.history), done.folder
                 curves[method] = [r.validation_accuracy for r in done.history]
                 diverged += [] if done.chosen else [method]
             ending.close()  # its actors make room for the test
-        scores, difference = evaluate(session, folders, alone, experts)
+        scores, difference = score_methods(session, folders, alone, experts)
         seconds = session.worked
         if LOCAL in methods:
-            sent = sum(session.storage.size(f"{folders[name]}/model.safetensors") for name in alone)
+            sent = sum(session.storage.size(f"{folders[name]}/{WEIGHTS}") for name in alone)
             moved = {MEAN: 0, BEST: 0, ENSEMBLE: sent}
-            lines |= {name: Line(name, {}, None, up, 0, seconds["local"]) for name, up in moved.items()}
+            lines |= {name: MethodLine(name, {}, None, up, 0, seconds["local"]) for name, up in moved.items()}
         if experts is not None:
             lines[LONE] = replace(lines[FACTORY_II], method=LONE)
         order = [CENTRALISED, MEAN, BEST, ENSEMBLE, *federated, FACTORY, LONE, FACTORY_II]
@@ -140,38 +145,32 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
     return comparison
 
 
-def make_images(session: Session) -> tuple[Modules, list[Shard]]:
-    """The modules and the synthetic data set that both architectures share."""
-    client_runs: dict[str, ClientRun] = {}
-    modules = pipeline.train_modules(session, client_runs)
-    for client_run in client_runs.values():
-        client_run.run.end()
-    return modules, pipeline.draw_images(session, modules)
-
-
-def run_factory(session: Session, modules: Modules, manifest: list[Shard]) -> tuple[Line, str]:
+def run_factory(
+    session: Session, listeners: Listeners, modules: Modules, manifest: list[Shard]
+) -> tuple[MethodLine, str]:
     """FederatedFactory's Architecture I, as `jobs/run.py` runs it."""
-    rows = pipeline.synthetic_rows(session, manifest)
-    classifier = pipeline.fit_classifier(session, FACTORY, rows, pipeline.make_task(session))
+    rows = phases.synthetic_rows(session, manifest)
+    classifier = phases.fit_classifier(session, listeners, FACTORY, session.config, rows)
     seconds = sum(session.worked[phase] for phase in ("modules", "synthesis", f"classifier ({FACTORY})"))
-    return Line(FACTORY, {}, 1, pipeline.uploaded_bytes(modules), 0, seconds), classifier.folder
+    return MethodLine(FACTORY, {}, 1, uploaded_bytes(modules), 0, seconds), classifier.folder
 
 
-def run_experts(session: Session, modules: Modules, manifest: list[Shard]) -> tuple[Line, Experts]:
+def run_experts(
+    session: Session, listeners: Listeners, modules: Modules, manifest: list[Shard]
+) -> tuple[MethodLine, Experts]:
     """FederatedFactory's Architecture II: up go modules and experts, down the other clients' modules."""
-    experts = pipeline.fit_experts(session, modules, manifest, pipeline.make_task(session))
-    weights = pipeline.expert_bytes(session, experts)
+    experts = phases.fit_experts(session, listeners, modules, manifest)
+    up = uploaded_bytes(modules) + expert_bytes(session, experts)
     seconds = sum(session.worked[phase] for phase in ("modules", "synthesis", "experts"))
-    return Line(FACTORY_II, {}, 1, pipeline.uploaded_bytes(modules) + weights, experts.downlink_bytes, seconds), experts
+    return MethodLine(FACTORY_II, {}, 1, up, experts.downlink_bytes, seconds), experts
 
 
-def run_centralised(session: Session) -> tuple[Line, str]:
+def run_centralised(session: Session, listeners: Listeners) -> tuple[MethodLine, str]:
     """The classifier on all real images, which would all have to be uploaded."""
-    task = pipeline.make_task(session)
-    classifier = pipeline.fit_centralised(session, task)
-    image_bytes = sum(len(share) for _, _, share in session.partition) * int(np.prod(task.image_shape))
+    classifier = phases.fit_centralised(session, listeners)
+    image_bytes = sum(len(share) for _, _, share in session.partition) * int(np.prod(session.info.task.image_shape))
     seconds = session.worked[f"classifier ({CENTRALISED})"]
-    return Line(CENTRALISED, {}, None, image_bytes, 0, seconds), classifier.folder
+    return MethodLine(CENTRALISED, {}, None, image_bytes, 0, seconds), classifier.folder
 
 
 def run_local(session: Session, federation: Federation, folders: dict[str, str]) -> list[str]:
@@ -182,63 +181,35 @@ def run_local(session: Session, federation: Federation, folders: dict[str, str])
     with session.phase("local"), bars(session.console, "fitting each client alone", total, "clients") as shown:
         fitted = fit_alone(federation, shown.update)
         shown.update(total)
-    names = {f"local-{alone.client}": alone.folder for alone in fitted}
+    names = {lone_classifier(alone.client): alone.folder for alone in fitted}
     folders |= names
     return list(names)
 
 
-def run_federated(session: Session, federation: Federation, method: str, run: Run) -> Federated:
+def run_federated(session: Session, listeners: Listeners, federation: Federation, method: str, run: Run) -> Federated:
     """A federated method; its curves are logged as they grow."""
     from fedfactory_ray.baselines.methods import METHODS
 
-    config, logged = session.config.federated, set()
-
-    def log(done: Round) -> None:
-        logged.add(done.round)
-        run.grow((name, done.round, value) for name, value in vars(done).items() if name != "round")
-
-    with session.phase(method), bars(session.console, method, config.rounds, "rounds") as shown:
-
-        def on_round(done: Round) -> None:
-            shown.update(done.round, f"validation accuracy {done.validation_accuracy:.3f}")
-            log(done)
-
-        finished = federation.run(method, METHODS[method](config), on_round)
-    for done in finished.history:
-        if done.round not in logged:  # of an earlier start of the run
-            log(done)
-    run.flush()
-    run.metrics({"chosen_round": finished.chosen})
-    run.tag("sha256", finished.sha256)
+    config = session.config.federated
+    with session.phase(method), listeners.federated(method, run, config.rounds) as listen:
+        finished = federation.run(method, METHODS[method](config), listen)
+    listen.finish(finished)
     return finished
 
 
-def federated_line(method: str, history: Sequence[Round]) -> Line:
+def federated_line(method: str, history: Sequence[Round]) -> MethodLine:
     """Costs of all rounds, those after the chosen one too: nobody knew that they would not help."""
     up, down, seconds = (sum(getattr(r, name) for r in history) for name in ("bytes_up", "bytes_down", "seconds"))
-    return Line(method, {}, len(history), up, down, seconds)
+    return MethodLine(method, {}, len(history), up, down, seconds)
 
 
-def evaluate(
+def score_methods(
     session: Session, folders: dict[str, str], alone: list[str], experts: Experts | None
 ) -> tuple[dict[str, dict[str, float]], Difference | None]:
     """Scores by line of the table, and what Architecture II gains on I; the test split is read here, once."""
-    from fedfactory_ray.classification.prediction import TestResult, evaluate_on_test
-
-    worker = session.plan.classifier
     with session.phase("evaluation"):
-        result: TestResult = ray.get(
-            evaluate_on_test.options(num_cpus=worker.num_cpus, num_gpus=worker.num_gpus).remote(
-                session.config,
-                pipeline.make_task(session),
-                worker.resources,
-                session.storage,
-                folders,
-                experts.folders if experts else {},
-                1,
-                {ENSEMBLE: alone} if alone else {},
-            )
-        )
+        ensembles = {ENSEMBLE: alone} if alone else {}
+        result: TestResult = ray.get(phases.read_test_split(session, folders, experts, examples=1, ensembles=ensembles))
     scores = {name: evaluation.scalars() for name, evaluation in result.evaluations.items()}
     if alone:
         ranked = sorted((scores.pop(name) for name in alone), key=lambda each: each["accuracy"])

@@ -27,7 +27,7 @@ COMPARED = ("accuracy", "balanced_accuracy", "auroc")
 
 
 @dataclass(frozen=True)
-class Line:
+class MethodLine:
     """A line of the table. `scores` are an evaluation's scalars, or over seeds their means, with `<score>_std`.
 
     Bytes are those of all clients together, until the method's last round.
@@ -49,7 +49,7 @@ class Comparison:
 
     name: str
     storage: str
-    lines: list[Line]
+    lines: list[MethodLine]
     curves: dict[str, list[float]]
     missing: tuple[str, ...] = ()
     diverged: tuple[str, ...] = ()
@@ -72,7 +72,7 @@ def over_seeds(found: Sequence[Comparison]) -> Comparison:
     for same in zip(*(comparison.lines for comparison in found), strict=True):
         scores = {score: np.array([line.scores[score] for line in same]) for score in COMPARED}
         lines.append(
-            Line(
+            MethodLine(
                 same[0].method,
                 {k: float(v.mean()) for k, v in scores.items()}
                 | {f"{k}_std": float(v.std(ddof=1)) for k, v in scores.items()},

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,10 +19,14 @@ from fedfactory_ray.settings.sections import PartitionConfig
 
 @dataclass(frozen=True)
 class Partition:
-    """Indices into the training split (int64, ascending) by client and class; clients without images do not exist."""
+    """Indices into the training split (int64, ascending) by client and class; clients without images do not exist.
+
+    `images_sha256` are the fingerprints of the images themselves, by client and class, where those are known.
+    """
 
     classes: int
     shares: dict[str, dict[int, np.ndarray]]
+    images_sha256: dict[tuple[str, int], str] = field(default_factory=dict)
 
     @property
     def clients(self) -> list[str]:
@@ -63,7 +68,7 @@ class Partition:
         left = {client: share for client, share in shares.items() if share}
         if not left:
             raise PartitionError("partition.exclude leaves no client", "at least one", "fewer entries")
-        return Partition(self.classes, left)
+        return replace(self, shares=left)
 
     @property
     def sha256(self) -> str:
@@ -73,6 +78,22 @@ class Partition:
             digest.update(f"{client}\n{label}\n{len(indices)}\n".encode())
             digest.update(indices.astype("<i8").tobytes())
         return digest.hexdigest()
+
+    @property
+    def content(self) -> list[Any]:
+        """All that determines what is trained on this partition: who holds which images, and the images themselves."""
+        return [self.sha256, [self.images_sha256.get((client, label)) for client, label, _ in self]]
+
+    @classmethod
+    def from_table(cls, table: pa.Table, classes: int) -> Partition:
+        """Inverse of `to_table`."""
+        clients, labels = table["client"].to_numpy(), table["label"].to_numpy()
+        indices = table["index"].to_numpy()
+        shares = {
+            client: {int(y): indices[(clients == client) & (labels == y)] for y in np.unique(labels[clients == client])}
+            for client in dict.fromkeys(clients.tolist())
+        }
+        return cls(classes, shares)
 
     def to_table(self) -> pa.Table:
         """One row an image: client, label, index in the training split."""

@@ -29,6 +29,20 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
+class Task:
+    """What a classifier is made for: its network follows from it and from the configuration."""
+
+    classes: int
+    channels: int
+    resolution: int
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels of an image."""
+        return self.resolution, self.resolution, self.channels
+
+
+@dataclass(frozen=True)
 class DataInfo:
     """What everybody may know of a data set: no image, only names, shape and labels' counts."""
 
@@ -41,6 +55,11 @@ class DataInfo:
     def classes(self) -> int:
         """Number of classes."""
         return len(self.class_names)
+
+    @property
+    def task(self) -> Task:
+        """What a classifier of these images is made for."""
+        return Task(self.classes, self.channels, self.resolution)
 
 
 def inspect(source: Source, *, trains: bool = True, tests: bool = True) -> tuple[DataInfo, np.ndarray]:
@@ -73,17 +92,3 @@ def inspect(source: Source, *, trains: bool = True, tests: bool = True) -> tuple
             source.path, f"images of {height}×{width} with {channels} channels", "square images, grey or RGB"
         )
     return DataInfo(source.class_names, height, channels, counts), source.labels("train")
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a classifier is made for: its network follows from it and from the configuration."""
-
-    classes: int
-    channels: int
-    resolution: int
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels of an image."""
-        return self.resolution, self.resolution, self.channels

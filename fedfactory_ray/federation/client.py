@@ -5,17 +5,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
 
+from fedfactory_ray.cluster.actors import start_actor
+from fedfactory_ray.cluster.plan import Worker, placement
 from fedfactory_ray.data.partition import own_indices
-from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.generation.card import ModuleCard, module_fingerprint
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
-from fedfactory_ray.settings.places import WorkerResources
+from fedfactory_ray.storage.artefact import find, fingerprint, keep
+from fedfactory_ray.storage.checkpoints import Checkpoints
 from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import WEIGHTS, checkpoints_folder, module_folder
 
 if TYPE_CHECKING:
     import torch
@@ -24,18 +28,19 @@ if TYPE_CHECKING:
     from fedfactory_ray.data.source import Source
     from fedfactory_ray.federation.expert import Assignment, Expert
 
-CHECKPOINT = "checkpoint.safetensors"
+SNAPSHOT = "training.safetensors"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What a client tells while it trains: scalars."""
+    """What a client tells while it trains: scalars. `resumed`: nothing yet, but that it goes on from a checkpoint."""
 
     client: str
     label: int
     step: int
     steps: int
     loss: float
+    resumed: bool = False
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,11 @@ class Upload:
     gpus: tuple[str, ...]
 
 
-@ray.remote(max_restarts=0)
 class ClientActor:
     """A slot for clients: pinned to its resources, it serves one client after the other."""
 
-    def __init__(self, config: Config, resources: WorkerResources, storage: Storage) -> None:
-        self.config, self.resources, self.storage = config, resources, storage
+    def __init__(self, config: Config, threads: int, storage: Storage) -> None:
+        self.config, self.threads, self.storage = config, threads, storage
         self.sources: dict[str, Source] = {}
         self._device: torch.device | None = None
 
@@ -63,7 +67,7 @@ class ClientActor:
         from fedfactory_ray.cluster.devices import assigned_device, prepare_process
 
         if self._device is None:
-            self._device = prepare_process(self.resources, assigned_device(ray.get_gpu_ids()))
+            self._device = prepare_process(self.threads, assigned_device(ray.get_gpu_ids()))
         return self._device
 
     def source(self, client: str) -> Source:
@@ -82,7 +86,7 @@ class ClientActor:
         """
         device, source = self.device, self.source(client)
         node, gpus = ray.get_runtime_context().get_node_id(), tuple(map(str, ray.get_gpu_ids()))
-        for event in train_modules(self.config, source, client, share, device, self.storage):
+        for event in train_share(self.config, source, client, share, device, self.storage):
             if isinstance(event, Progress):
                 yield event
             else:
@@ -97,7 +101,12 @@ class ClientActor:
         yield from fit_expert(self.config, assignment, self.source(assignment.client), self.storage, self.device)
 
 
-def train_modules(
+def start_client(config: Config, worker: Worker, storage: Storage, client: str) -> Any:
+    """A client's actor, where that client's images may be read."""
+    return start_actor(ClientActor, config, worker.threads, storage, **worker.options, **placement(config, client))
+
+
+def train_share(
     config: Config,
     source: Source,
     client: str,
@@ -108,44 +117,57 @@ def train_modules(
     """Train a client's modules where its images are; yields progress, and each module's card, weights and seconds.
 
     Each module is written to storage, the card last, so that it outlives this process; until then its latest
-    checkpoint lies there, from which another process goes on.
+    checkpoint lies there, from which another process goes on. What is there and whole is not trained again.
     """
     import torch
 
+    from fedfactory_ray.cluster.devices import resolve_precision
     from fedfactory_ray.generation import module
-    from fedfactory_ray.generation.training import TrainingStep, resolve_precision, train_denoiser
+    from fedfactory_ray.generation.training import Snapshot, TrainingStep, train_denoiser
 
-    generator = config.generator
+    generator, precision = config.generator, resolve_precision(config.generator.precision, device)
     for label, places in share.items():
-        began, last = time.monotonic(), None
-        folder = f"modules/{client}/class-{label:03d}"
-        images = torch.from_numpy(source.images("train", own_indices(config, source, label, places)))
-        seed = derive_seed(config.seed, "train", client, label)
-        checkpoint = storage.read(f"{folder}/{CHECKPOINT}") if storage.exists(f"{folder}/{CHECKPOINT}") else None
-        for event in train_denoiser(images, generator, device, seed, checkpoint, config.storage.checkpoint_seconds):
+        began, folder = time.monotonic(), module_folder(client, label)
+        pixels = source.images("train", own_indices(config, source, label, places))
+        seed, steps = derive_seed(config.seed, "train", client, label), generator.steps(len(pixels))
+        made_of = module_fingerprint(
+            generator,
+            precision=precision,
+            threads=config.resources.client.threads,
+            seed=seed,
+            images_sha256=fingerprint(pixels),
+        )
+        there = find(storage, ModuleCard, folder, made_of)
+        if there is not None:
+            yield there, storage.read(f"{folder}/{WEIGHTS}"), 0.0
+            continue
+        checkpoints = Checkpoints(storage, checkpoints_folder(folder), fingerprint(made_of, device.type))
+        newest, content = checkpoints.newest(), None
+        if newest is not None:
+            content = checkpoints.read(newest, SNAPSHOT)
+            yield Progress(client, label, newest.step, steps, float("nan"), resumed=True)
+        images, seconds = torch.from_numpy(pixels), config.storage.checkpoint_seconds
+        for event in train_denoiser(images, generator, device, seed, content, seconds):
             if isinstance(event, TrainingStep):
-                last = event
                 yield Progress(client, label, event.step, event.steps, event.loss)
-            elif isinstance(event, bytes):
-                storage.write(f"{folder}/{CHECKPOINT}", event)
+            elif isinstance(event, Snapshot):
+                checkpoints.save(event.step, {SNAPSHOT: event.content})
             else:
                 weights = module.pack(event, half=generator.half_precision_upload)
                 channels, resolution, _ = event.image_shape
-        if last is None:
-            raise RuntimeError(f"client {client!r} trained no step for class {label}")
         card = ModuleCard(
             client=client,
             label=label,
-            images=len(places),
+            n_images=len(places),
             channels=channels,
             resolution=resolution,
-            steps=last.steps,
-            precision=resolve_precision(generator.precision, device),
+            steps=steps,
+            precision=precision,
             generator=generator.model_dump(mode="json"),
-            sha256=module.digest(weights),
             size=len(weights),
+            fingerprint=made_of,
+            files={WEIGHTS: storage.write(f"{folder}/{WEIGHTS}", weights)},
         )
-        storage.write(f"{card.folder}/model.safetensors", weights)
-        storage.write(f"{card.folder}/card.json", card.to_json())
-        storage.delete(f"{card.folder}/{CHECKPOINT}")
+        keep(storage, card)
+        checkpoints.delete()
         yield card, weights, time.monotonic() - began

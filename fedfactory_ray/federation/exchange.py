@@ -9,12 +9,12 @@ import ray
 from pydantic import ValidationError
 
 from fedfactory_ray.data.source import DataInfo
-from fedfactory_ray.errors import DataMissingError, ModuleRefusedError
+from fedfactory_ray.errors import CardError, DataMissingError, ModuleRefusedError
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.settings.sections import NAME, GeneratorConfig
+from fedfactory_ray.storage.artefact import keep
 from fedfactory_ray.storage.files import Storage
-
-PLACE = re.compile(r"modules/(?P<client>[^/]+)/class-(?P<label>\d{3,})/card\.json")
+from fedfactory_ray.storage.layout import CARD, MODULE_CARD, MODULES, WEIGHTS, module_folder
 
 
 def read_cards(uri: str, info: DataInfo) -> list[ModuleCard]:
@@ -23,9 +23,9 @@ def read_cards(uri: str, info: DataInfo) -> list[ModuleCard]:
     Raises DataMissingError where there is none, ModuleRefusedError for a card that cannot be trusted.
     """
     storage = Storage(uri)
-    places = [found for found in map(PLACE.fullmatch, storage.names("modules")) if found]
+    places = [found for found in map(MODULE_CARD.fullmatch, storage.names(MODULES)) if found]
     if not places:
-        raise DataMissingError(f"{storage.uri}/modules/<client>/class-<y>/card.json", None, "jobs/train_client.py")
+        raise DataMissingError(f"{storage.uri}/{MODULES}/<client>/class-<y>/{CARD}", None, "jobs/train_client.py")
     return [_read_card(storage, place["client"], int(place["label"]), info) for place in places]
 
 
@@ -34,11 +34,11 @@ def _read_card(storage: Storage, client: str, label: int, info: DataInfo) -> Mod
         return ModuleRefusedError(client, label, reason)
 
     try:
-        card = ModuleCard.from_json(storage.read(f"modules/{client}/class-{label:03d}/card.json"))
+        card = ModuleCard.read(storage, module_folder(client, label))
         GeneratorConfig(**card.generator).check_resolution(card.resolution)
     except ValidationError as error:
         raise refuse(f"its card's generator: {error.errors()[0]['msg']}") from error
-    except (ValueError, TypeError) as error:
+    except (CardError, ValueError, TypeError) as error:
         raise refuse(f"its card cannot be read ({error})") from error
     if card.key != (client, label) or not re.fullmatch(NAME, client):
         raise refuse(
@@ -51,14 +51,16 @@ def _read_card(storage: Storage, client: str, label: int, info: DataInfo) -> Mod
             f"images of side {card.resolution} with {card.channels} channels, "
             f"the data set has side {info.resolution} and {info.channels}"
         )
-    if not isinstance(card.images, int) or card.images < 1:
-        raise refuse(f"trained on {card.images!r} images")
-    if not storage.exists(f"{card.folder}/model.safetensors"):
-        raise refuse("model.safetensors is missing beside its card")
+    if card.n_images < 1:
+        raise refuse(f"trained on {card.n_images} images")
+    if set(card.files) != {WEIGHTS}:
+        raise refuse(f"it is of files {sorted(card.files)}, needed {WEIGHTS}")
+    if not storage.exists(f"{card.folder}/{WEIGHTS}"):
+        raise refuse(f"{WEIGHTS} is missing beside its card")
     return card
 
 
-def digest(cards: list[ModuleCard]) -> str:
+def set_sha256(cards: list[ModuleCard]) -> str:
     """SHA-256 that names a set of modules."""
     return hashlib.sha256("".join(f"{c.client}/{c.label}/{c.sha256}\n" for c in cards).encode()).hexdigest()
 
@@ -75,7 +77,7 @@ def import_modules(uri: str, storage: Storage, cards: list[ModuleCard]) -> None:
 def _import_module(origin: Storage, storage: Storage, card: ModuleCard) -> None:
     from fedfactory_ray.generation.module import load_weights, make_denoiser
 
-    weights = origin.read(f"{card.folder}/model.safetensors")
+    weights = origin.read(f"{card.folder}/{WEIGHTS}")
     load_weights(make_denoiser(card), weights, card)
-    storage.write(f"{card.folder}/model.safetensors", weights)
-    storage.write(f"{card.folder}/card.json", card.to_json())
+    storage.write(f"{card.folder}/{WEIGHTS}", weights)
+    keep(storage, card)

@@ -1,7 +1,8 @@
-"""The ensemble: clients are dealt to slots, each fits its expert; whoever stays away is named."""
+"""The experts: clients are dealt to slots, each fits its own; whoever stays away is named."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,11 +11,16 @@ from ray.exceptions import RayError
 
 from fedfactory_ray.classification.fitting import Epoch
 from fedfactory_ray.cluster.plan import Worker
-from fedfactory_ray.cluster.slots import ATTEMPTS, Slots
-from fedfactory_ray.federation.expert import Assignment, Expert, stored_expert
+from fedfactory_ray.cluster.slots import Slots, reason
+from fedfactory_ray.cluster.stored import find_all
+from fedfactory_ray.federation.client import start_client
+from fedfactory_ray.federation.expert import Assignment, Expert
 from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.checkpoints import Checkpoints
 from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import checkpoints_folder, expert_folder
 
+log = logging.getLogger(__name__)
 Listener = Callable[[str, Epoch | Expert], None]
 
 
@@ -36,45 +42,47 @@ class Experts:
         return sum(expert.downlink_bytes for expert in self.fitted.values())
 
 
-def fit_experts(
+def collect_experts(
     config: Config, assignments: list[Assignment], worker: Worker, storage: Storage, listen: Listener
 ) -> Experts:
     """Have every client fit its expert, as many side by side as there are slots.
 
     An expert that is stored and verifies is not fitted again. A client whose actor dies or whose fit fails is given to
-    a new actor, up to ATTEMPTS times; then its expert is missing. Raises the last failure where all are.
+    a new actor, up to `resources.attempts` times; then its expert is missing. Raises the last failure where all are.
     """
-    stored = {a.client: stored_expert(config, a, storage) for a in assignments}
-    fitted = {client: expert for client, expert in stored.items() if expert is not None}
+    wanted = {expert_folder(a.client): a.fingerprint(config) for a in assignments}
+    fitted = {expert.client: expert for expert in find_all(storage, Expert, wanted).values()}
     for client, expert in fitted.items():
+        folder = checkpoints_folder(expert.folder)
+        Checkpoints(storage, folder, expert.fingerprint).delete()  # of a start that was killed at its very end
         listen(client, expert)
     todo = {a.client: a for a in assignments if a.client not in fitted}
+    heard: set[str] = set()
     missing: dict[str, str] = {}
 
     def begin(actor: Any, client: str) -> Any:
+        heard.discard(client)
         return actor.fit_expert.options(num_returns="streaming").remote(todo[client])
 
     def hear(client: str, event: Epoch | Expert, stream: Any) -> None:
         if isinstance(event, Expert):
             fitted[client] = event
+        elif client not in heard and event.epoch > 1:
+            log.info("expert of %s: goes on from epoch %d of %d", client, event.epoch - 1, event.epochs)
+        heard.add(client)
         listen(client, event)
 
-    def fail(client: str, error: RayError, attempts: int) -> bool:
+    def fail(client: str, error: RayError, last: bool) -> bool:
         if client in fitted:
             return False
-        if attempts == ATTEMPTS:
+        if last:
             missing[client] = reason(error)
         if len(missing) == len(assignments):
             raise error
-        return attempts < ATTEMPTS
+        return not last
 
-    Slots(config, worker, storage).serve(list(todo), begin, hear, fail)
+    Slots(config, worker, lambda client: start_client(config, worker, storage, client)).serve(
+        list(todo), begin, hear, fail
+    )
     clients = [a.client for a in assignments]
     return Experts({c: fitted[c] for c in clients if c in fitted}, {c: missing[c] for c in clients if c in missing})
-
-
-def reason(error: RayError) -> str:
-    """One line that tells why an actor or its task failed."""
-    cause = getattr(error, "cause", None) or error
-    first, *_ = str(cause).strip().splitlines() or [""]
-    return f"{type(cause).__name__}: {first}"

@@ -2,48 +2,71 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
+import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError
 
-from fedfactory_ray.cluster.plan import Worker
-from fedfactory_ray.cluster.slots import ATTEMPTS, Slots
+from fedfactory_ray.cluster.plan import Worker, place, placement
+from fedfactory_ray.cluster.slots import Slots
+from fedfactory_ray.cluster.stored import find_all
 from fedfactory_ray.data.partition import Partition
-from fedfactory_ray.federation.client import Progress, Upload
-from fedfactory_ray.generation.card import ModuleCard, ModuleHandle
+from fedfactory_ray.federation.client import Progress, Upload, start_client
+from fedfactory_ray.generation.card import ModuleCard, ModuleHandle, Modules, module_fingerprint
+from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import MODULES, module_folder
 
+log = logging.getLogger(__name__)
 Listener = Callable[[Progress | Upload], None]
 
 
-def stored_module(storage: Storage, client: str, label: int, images: int) -> ModuleHandle | None:
-    """A module that is there already and verifies; its weights are hashed in pieces, not held."""
-    folder = f"modules/{client}/class-{label:03d}"
-    if not storage.exists(f"{folder}/card.json") or not storage.exists(f"{folder}/model.safetensors"):
-        return None
-    card = ModuleCard.from_json(storage.read(f"{folder}/card.json"))
-    whole = storage.sha256(f"{folder}/model.safetensors") == card.sha256
-    return ModuleHandle(card) if whole and card.key == (client, label) and card.images == images else None
+def stored_modules(config: Config, partition: Partition, worker: Worker, storage: Storage) -> Modules:
+    """The modules of an earlier start, or kept of another run, that are what would be trained here and now."""
+    there = set(storage.names(MODULES))
+    keys = [(c, y) for c, y, _ in partition if ModuleCard.mark(module_folder(c, y)) in there]
+    precisions = _precisions(config, worker, [client for client, _ in keys])
+    wanted = {
+        module_folder(client, label): module_fingerprint(
+            config.generator,
+            precision=precisions[place(config, client)],
+            threads=config.resources.client.threads,
+            seed=derive_seed(config.seed, "train", client, label),
+            images_sha256=partition.images_sha256[client, label],
+        )
+        for client, label in keys
+    }
+    return {card.key: ModuleHandle(card) for card in find_all(storage, ModuleCard, wanted).values()}
 
 
-def stored_modules(storage: Storage, partition: Partition) -> dict[tuple[str, int], ModuleHandle]:
-    """The modules of an earlier start of the run."""
-    found = ((c, y, stored_module(storage, c, y, len(indices))) for c, y, indices in partition)
-    return {(client, label): handle for client, label, handle in found if handle is not None}
+def _precisions(config: Config, worker: Worker, clients: list[str]) -> dict[str, str]:
+    """By place of these clients, the arithmetic that `generator.precision` comes to there."""
+    precision = config.generator.precision
+    places = {place(config, client): client for client in clients}
+    if precision != "auto":
+        return dict.fromkeys(places, precision)
+    asked = [_auto.options(**worker.options, **placement(config, client)).remote() for client in places.values()]
+    return dict(zip(places, ray.get(asked), strict=True))
 
 
-def run_round(
-    config: Config, partition: Partition, worker: Worker, storage: Storage, listen: Listener
-) -> dict[tuple[str, int], ModuleHandle]:
+@ray.remote
+def _auto() -> str:
+    from fedfactory_ray.cluster.devices import assigned_device, resolve_precision
+
+    return resolve_precision("auto", assigned_device(ray.get_gpu_ids()))
+
+
+def run_round(config: Config, partition: Partition, worker: Worker, storage: Storage, listen: Listener) -> Modules:
     """Have every client train and upload its modules; returns a handle for each (client, class), in order.
 
     Clients wait for free slots, the longest training first. A client whose actor or node dies is given to another
-    actor, up to ATTEMPTS times, and goes on from its last module and checkpoint. Errors of the client's own code are
-    raised at once.
+    actor, up to `resources.attempts` times, and goes on from its last module and checkpoint. Errors of the client's own
+    code are raised at once.
     """
-    modules = stored_modules(storage, partition)
+    modules = stored_modules(config, partition, worker, storage)
     todo: dict[str, dict[int, Any]] = {}
     for client, label, indices in partition:
         if (client, label) not in modules:
@@ -57,18 +80,16 @@ def run_round(
         if isinstance(event, Upload):
             modules[event.card.key] = ModuleHandle(event.card, next(stream, None))
             del todo[client][event.card.label]
+        elif event.resumed:
+            log.info("%s, class %d: goes on from step %d of %d", client, event.label, event.step, event.steps)
+            return
         listen(event)
 
-    def fail(client: str, error: RayError, attempts: int) -> bool:
-        if attempts == ATTEMPTS or not isinstance(error, RayActorError | ObjectLostError):
+    def fail(client: str, error: RayError, last: bool) -> bool:
+        if last or not isinstance(error, RayActorError | ObjectLostError):
             raise error
-        for label, indices in list(todo[client].items()):
-            handle = stored_module(storage, client, label, len(indices))
-            if handle is not None:
-                modules[handle.card.key] = handle
-                del todo[client][label]
         return bool(todo[client])
 
     order = sorted(todo, key=lambda client: (-work[client], client))
-    Slots(config, worker, storage).serve(order, begin, hear, fail)
+    Slots(config, worker, lambda client: start_client(config, worker, storage, client)).serve(order, begin, hear, fail)
     return {(client, label): modules[client, label] for client, label, _ in partition}

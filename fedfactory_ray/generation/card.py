@@ -1,25 +1,30 @@
-"""A module's card: its provenance as JSON, beside the weights (safetensors) that a client uploads for one class."""
+"""A module's card: its provenance, beside the weights (safetensors) that a client uploads for one class."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from fedfactory_ray.settings.sections import GeneratorConfig
+from fedfactory_ray.storage.artefact import Artefact, fingerprint
+from fedfactory_ray.storage.layout import module_folder
 
 
 @dataclass(frozen=True)
-class ModuleCard:
-    """Provenance of a module: everything about it but its weights."""
+class ModuleCard(Artefact):
+    """Provenance of a module: everything about it but its weights. `n_images` of its class trained it in `precision`;
+    the weights are of `size` bytes."""
 
+    kind: ClassVar[str] = "module"
+    renamed: ClassVar[dict[str, str]] = {"images": "n_images"}
     client: str
     label: int
-    images: int
+    n_images: int
     channels: int
     resolution: int
     steps: int
     precision: str
     generator: dict[str, Any]
-    sha256: str
     size: int
 
     @property
@@ -29,8 +34,8 @@ class ModuleCard:
 
     @property
     def folder(self) -> str:
-        """Where the module lies in a run's storage."""
-        return f"modules/{self.client}/class-{self.label:03d}"
+        """See Artefact."""
+        return module_folder(self.client, self.label)
 
     def same_network(self, other: ModuleCard) -> bool:
         """Whether one network can hold the weights of both."""
@@ -41,22 +46,23 @@ class ModuleCard:
         """Bytes on the wire: weights and card."""
         return self.size + len(self.to_json())
 
-    def to_json(self) -> bytes:
-        """The card as JSON."""
-        return json.dumps(asdict(self), indent=2, sort_keys=True).encode()
 
-    @classmethod
-    def from_json(cls, text: bytes) -> ModuleCard:
-        """Inverse of `to_json`."""
-        return cls(**json.loads(text))
+def module_fingerprint(
+    generator: GeneratorConfig, *, precision: str, threads: int, seed: int, images_sha256: str
+) -> str:
+    """What determines a module: settings, the arithmetic that `generator.precision` comes to where it is trained, torch
+    threads, its seed, and its images, which stand for their indices too."""
+    settings = generator.model_dump(mode="json", exclude={"precision"})
+    return fingerprint(ModuleCard.kind, settings, precision, threads, seed, images_sha256)
 
 
 @dataclass(frozen=True)
 class ModuleHandle:
-    """A module by its card; the weights lie in the object store (`ref`) and in storage, never here."""
+    """A module by its card; the weights lie in the object store (`ref`, a Ray reference) and in storage, never here."""
 
     card: ModuleCard
     ref: Any = field(default=None, compare=False)
 
 
-Modules = dict[tuple[str, int], "ModuleHandle"]
+Modules = dict[tuple[str, int], ModuleHandle]
+"""Modules by client and class."""

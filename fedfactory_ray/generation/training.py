@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 import time
@@ -11,7 +9,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
-import safetensors
 import safetensors.torch
 import torch
 from accelerate import Accelerator
@@ -36,6 +33,14 @@ class TrainingStep:
     step: int
     steps: int
     loss: float
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that the step after `step` depends on, as safetensors."""
+
+    step: int
+    content: bytes
 
 
 def make_accelerator(device: torch.device, precision: str) -> Accelerator:
@@ -81,8 +86,6 @@ class Training:
         self.model.train()
         self.steps, self.step = config.steps(len(self.data)), 0
         self.draw = torch.Generator(device).manual_seed(seed)
-        content = f"{config.model_dump_json()}\n{seed}\n{device.type}\n{tuple(images.shape)}\n".encode()
-        self.fingerprint = hashlib.sha256(content + images.contiguous().numpy().tobytes()).hexdigest()
 
     def descend(self) -> Tensor:
         """One optimiser step on EDM's loss (Karras et al. 2022, eq. 8); returns the loss, ()."""
@@ -106,31 +109,24 @@ class Training:
         self.step += 1
         return cast(Tensor, loss.detach())
 
-    def save(self) -> bytes:
-        """Everything that the next step depends on, as safetensors."""
+    def save(self) -> Snapshot:
+        """Where the training stands."""
         tensors = {f"model.{k}": v for k, v in self.model.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.state_dict().items()}
         for i, moments in self.optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{i}.{k}": v for k, v in moments.items()}
-        tensors |= {"draw": self.draw.get_state(), "random.cpu": torch.get_rng_state()}
+        tensors |= {"draw": self.draw.get_state(), "random.cpu": torch.get_rng_state(), "step": torch.tensor(self.step)}
         if self.device.type == "cuda":
             tensors["random.cuda"] = torch.cuda.get_rng_state(self.device)
         if self.accelerator.scaler is not None:
             scaler = self.accelerator.scaler.state_dict()
             tensors["scaler"] = torch.tensor([scaler["scale"], scaler["_growth_tracker"]], dtype=torch.float64)
-        facts = {"fingerprint": self.fingerprint, "step": str(self.step)}
-        return safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, facts)
+        content = safetensors.torch.save({k: v.detach().cpu().contiguous() for k, v in tensors.items()})
+        return Snapshot(self.step, content)
 
-    def load(self, checkpoint: bytes) -> bool:
-        """Go on from a checkpoint; False, and nothing changes, where it is torn or of another training."""
-        try:
-            tensors = safetensors.torch.load(checkpoint)
-        except safetensors.SafetensorError:
-            return False
-        header = int.from_bytes(checkpoint[:8], "little")
-        facts = json.loads(checkpoint[8 : 8 + header])["__metadata__"]
-        if facts["fingerprint"] != self.fingerprint:
-            return False
+    def load(self, checkpoint: bytes) -> None:
+        """Go on from the content of a snapshot of the same training."""
+        tensors = safetensors.torch.load(checkpoint)
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
@@ -151,8 +147,7 @@ class Training:
             scale, growth = tensors["scaler"].tolist()
             state = self.accelerator.scaler.state_dict()
             self.accelerator.scaler.load_state_dict(state | {"scale": scale, "_growth_tracker": int(growth)})
-        self.step = int(facts["step"])
-        return True
+        self.step = int(tensors["step"])
 
 
 def train_denoiser(
@@ -162,19 +157,19 @@ def train_denoiser(
     seed: int,
     checkpoint: bytes | None = None,
     checkpoint_seconds: float = math.inf,
-) -> Iterator[TrainingStep | bytes | Denoiser]:
+) -> Iterator[TrainingStep | Snapshot | Denoiser]:
     """Train the module of one class.
 
-    Yields progress about once a second, every `checkpoint_seconds` a checkpoint (bytes) from which a later call goes
-    on to the same result, and at last the averaged denoiser.
+    Yields progress about once a second, every `checkpoint_seconds` a snapshot from which a later call goes on to the
+    same result, and at last the averaged denoiser.
 
     Args:
         images: uint8 (n, H, W, C), all of one class.
         config: Architecture, loss and length of training.
         device: Where to compute.
         seed: Seed of initialisation, batches and noise.
-        checkpoint: Of an earlier call with the same arguments; any other is left aside.
-        checkpoint_seconds: Time between checkpoints.
+        checkpoint: Content of a snapshot of an earlier call with the same arguments, on a device of the same type.
+        checkpoint_seconds: Time between snapshots.
 
     Raises FloatingPointError where the loss stops being finite.
     """

@@ -1,22 +1,45 @@
-"""What a finished run tells: pictures, figures and models in MLflow."""
+"""What a finished run tells: pictures, figures and models in MLflow, and its report."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-from torch import nn
 
-from fedfactory_ray.classification.prediction import TestResult
-from fedfactory_ray.classification.training import Classifier
-from fedfactory_ray.data.source import Task
-from fedfactory_ray.federation.experts import Experts
 from fedfactory_ray.generation.card import Modules
+from fedfactory_ray.pipeline.listeners import Listeners
+from fedfactory_ray.pipeline.report import Report
 from fedfactory_ray.pipeline.session import Session
-from fedfactory_ray.storage.layout import METHOD
-from fedfactory_ray.synthesis.shard import Shard
+from fedfactory_ray.storage.layout import METHOD, PARTITION, WEIGHTS
 from fedfactory_ray.tracking import plots
-from fedfactory_ray.tracking.runs import ClientRun
+from fedfactory_ray.tracking.runs import tracking_uri
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fedfactory_ray.classification.prediction import TestResult
+    from fedfactory_ray.classification.training import Classifier
+    from fedfactory_ray.federation.experts import Experts
+    from fedfactory_ray.synthesis.shard import Shard
+
+
+@dataclass(frozen=True)
+class Results:
+    """What the phases made: what was `tested` on the test split, and some of each module's images to be `shown`, uint8
+    (n, H, W, C) by client and class."""
+
+    modules: Modules
+    manifest: list[Shard]
+    classifiers: dict[str, Classifier]
+    experts: Experts | None
+    tested: TestResult
+    shown: dict[tuple[str, int], np.ndarray]
+
+    @property
+    def n_images(self) -> int:
+        """Number of synthetic images."""
+        return sum(shard.n for shard in self.manifest)
 
 
 def uploaded_bytes(modules: Modules) -> int:
@@ -26,44 +49,59 @@ def uploaded_bytes(modules: Modules) -> int:
 
 def expert_bytes(session: Session, experts: Experts) -> int:
     """Bytes of the fitted experts' weights, which the product needs in one place."""
-    return sum(session.storage.size(f"{folder}/model.safetensors") for folder in experts.folders.values())
+    return sum(session.storage.size(f"{folder}/{WEIGHTS}") for folder in experts.folders.values())
 
 
-def log_results(
-    session: Session,
-    task: Task,
-    modules: Modules,
-    manifest: list[Shard],
-    classifiers: dict[str, Classifier],
-    experts: Experts | None,
-    result: TestResult,
-    drawn: dict[tuple[str, int], np.ndarray],
-    client_runs: dict[str, ClientRun],
-) -> dict[str, str]:
+def make_report(session: Session, results: Results, models: dict[str, str]) -> Report:
+    """The report of a run whose models are logged (name → URI)."""
+    experts, tested = results.experts, results.tested
+    return Report(
+        name=session.name,
+        storage=session.storage.uri,
+        tracking_uri=tracking_uri(session.config),
+        models=models,
+        modules=len(results.modules),
+        uploaded_bytes=uploaded_bytes(results.modules),
+        downlink_bytes=experts.downlink_bytes if experts else 0,
+        expert_bytes=expert_bytes(session, experts) if experts else 0,
+        synthetic_images=results.n_images,
+        seconds=session.seconds,
+        main=session.config.main_method,
+        evaluations=tested.evaluations,
+        experts=tested.experts,
+        differences=tested.differences,
+        missing=experts.missing if experts else {},
+    )
+
+
+def log_results(session: Session, listeners: Listeners, results: Results) -> dict[str, str]:
     """The driver logs what there is to see; returns the URIs of the logged models by name."""
-    run, partition, class_names = session.run, session.partition, session.info.class_names
+    run, tested, experts = session.run, results.tested, results.experts
     with session.phase("logging"):
-        run.figure(plots.partition_plot(partition.matrix(), partition.clients, class_names), "partition.png")
-        cards = [handle.card for handle in modules.values()]
-        for client in partition.clients:
-            synthetic = {label: images for (c, label), images in drawn.items() if c == client}
-            client_runs.setdefault(client, ClientRun(session.logged, client)).finish(
-                [card for card in cards if card.client == client],
-                plots.sample_grid(synthetic, result.examples, class_names, client) if synthetic else None,
-            )
-        images = sum(shard.n for shard in manifest)
-        log_evaluation(session, result)
-        run.json(json.loads(session.storage.read("partition.json")), "partition.json")
-        run.json([vars(card) for card in cards], "modules.json")
-        models = log_models(session, task, classifiers, experts, np.concatenate(list(result.examples.values())))
-        run.metrics(result.evaluations[session.config.main_method].scalars())
-        run.metrics({"uploaded_bytes": uploaded_bytes(modules)})
+        log_clients(session, listeners, results)
+        log_evaluation(session, tested)
+        run.json(session.storage.read_json(PARTITION), "partition.json")
+        run.json([vars(handle.card) for handle in results.modules.values()], "modules.json")
+        models = log_models(session, results)
+        run.metrics(tested.evaluations[session.config.main_method].scalars())
+        run.metrics({"uploaded_bytes": uploaded_bytes(results.modules)})
         if experts:
             moved = {"downlink_bytes": experts.downlink_bytes, "expert_bytes": expert_bytes(session, experts)}
             run.metrics(moved)
-        run.metrics({"synthetic_images": images, "modules": len(modules)})
+        run.metrics({"synthetic_images": results.n_images, "modules": len(results.modules)})
     run.metrics({f"seconds/{k}".replace("(", "").replace(")", ""): v for k, v in session.seconds.items()})
     return models
+
+
+def log_clients(session: Session, listeners: Listeners, results: Results) -> None:
+    """The picture of the partition; each client's modules, and its samples beside real images."""
+    partition, class_names = session.partition, session.info.class_names
+    session.run.figure(plots.partition_plot(partition.matrix(), partition.clients, class_names), "partition.png")
+    cards = [handle.card for handle in results.modules.values()]
+    for client in partition.clients:
+        drawn = {label: images for (c, label), images in results.shown.items() if c == client}
+        grid = plots.sample_grid(drawn, results.tested.examples, class_names, client) if drawn else None
+        listeners.client(client).finish([card for card in cards if card.client == client], grid)
 
 
 def log_evaluation(session: Session, result: TestResult) -> None:
@@ -84,21 +122,21 @@ def log_evaluation(session: Session, result: TestResult) -> None:
     evaluation_run.end()
 
 
-def log_models(
-    session: Session, task: Task, classifiers: dict[str, Classifier], experts: Experts | None, examples: np.ndarray
-) -> dict[str, str]:
+def log_models(session: Session, results: Results) -> dict[str, str]:
     """The classifier of Architecture I and the product of Architecture II, each as one model; returns their URIs."""
     from fedfactory_ray.classification.ensemble import Ensemble, Predictor
     from fedfactory_ray.classification.prediction import load_network
 
-    run, models = session.run, {}
+    run, experts, models = session.run, results.experts, {}
+    examples = np.concatenate(list(results.tested.examples.values()))
 
     def load(folder: str) -> nn.Module:
-        return load_network(session.config, task, session.storage, folder)
+        return load_network(session.config, session.info.task, session.storage, folder)
 
-    if METHOD in classifiers:
-        predictor = Predictor(load(classifiers[METHOD].folder))
-        models["classifier"] = run.model("classifier", predictor, examples, {"sha256": classifiers[METHOD].sha256})
+    if METHOD in results.classifiers:
+        classifier = results.classifiers[METHOD]
+        predictor = Predictor(load(classifier.folder))
+        models["classifier"] = run.model("classifier", predictor, examples, {"sha256": classifier.sha256})
     if experts:
         ensemble = Ensemble(load(expert.folder) for expert in experts.fitted.values())
         digests = {client: expert.sha256 for client, expert in experts.fitted.items()}

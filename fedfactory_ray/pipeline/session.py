@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -19,18 +18,22 @@ from fedfactory_ray.cluster.plan import Plan, connect, make_plan
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.errors import FedFactoryError, ForgottenError, RunConflictError
-from fedfactory_ray.federation.exchange import digest, import_modules
+from fedfactory_ray.federation.exchange import import_modules, set_sha256
+from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.pipeline.survey import survey
-from fedfactory_ray.settings.config import Config, flatten
+from fedfactory_ray.settings.config import MOVED, Config, flatten
+from fedfactory_ray.storage.artefact import fingerprint
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import FORGETTING, FORGOTTEN, SECONDS, SETTINGS
+from fedfactory_ray.storage.layout import CONFIG, FORGETTING, FORGOTTEN, INDICES, PARTITION, SECONDS, SETTINGS
 from fedfactory_ray.synthesis.plan import check_validation
 from fedfactory_ray.tracking import runs as tracking
+from fedfactory_ray.tracking.progress import log_lines
 
 
 @dataclass
 class Session:
-    """What every phase of a job needs. `logged` is the MLflow run, which starts in the background."""
+    """What every phase of a job needs. `logged` is the MLflow run, which starts in the background; `cards` are those of
+    modules from files; `seconds` are this start's own, by phase."""
 
     config: Config
     name: str
@@ -40,6 +43,7 @@ class Session:
     partition: Partition
     storage: Storage
     logged: Future[tracking.Run]
+    cards: list[ModuleCard] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -49,8 +53,8 @@ class Session:
 
     @contextmanager
     def phase(self, title: str) -> Iterator[None]:
-        """Take the block's time as the seconds of `title`; storage keeps what the start that finished it took and what
-        broke off before, with whatever settings; later starts find it done."""
+        """Time a phase. Storage keeps the total over all attempts until it first finished; later runs that only find it
+        finished do not change it."""
         began, broken = time.monotonic(), f"{title}, broken off"
         finished = False
         try:
@@ -62,6 +66,10 @@ class Session:
             kept |= {title: max(spent, kept.get(title, 0))} if finished else {broken: spent}
             self.storage.write_json(SECONDS, kept)
 
+    def other(self, **changes: Any) -> Session:
+        """A session with `changes` and a clock of its own."""
+        return replace(self, seconds={}, **changes)
+
     @property
     def worked(self) -> dict[str, float]:
         """Seconds that each phase took until it was done, not those of starts that found it done."""
@@ -71,7 +79,7 @@ class Session:
 
 @contextmanager
 def open_session(
-    config: Config, console: Console, forgetting: bool = False, parent: str | None = None, draws: bool = True
+    config: Config, console: Console, *, forgetting: bool = False, parent: str | None = None, draws: bool = True
 ) -> Iterator[Session]:
     """Join the cluster, check data and plan, deal the partition and claim the run's folder, before any work starts.
 
@@ -82,8 +90,8 @@ def open_session(
     began = time.monotonic()
     name = run_name(config)
     storage = Storage(config.storage.uri).within(name)
-    refuse_forgotten(storage, forgetting)
-    with ThreadPoolExecutor(1) as background:
+    refuse_forgotten(storage, forgetting=forgetting)
+    with ThreadPoolExecutor(1) as background, log_lines(console):
         logged = background.submit(tracking.start_run, config, name, storage.uri, parent)
         status = "FAILED"
         try:
@@ -93,13 +101,13 @@ def open_session(
             config.generator.check_resolution(info.resolution)
             if draws:
                 check_validation(config, partition)
-            claim(config.determining() | ({"modules": digest(cards)} if cards else {}), storage)
+            claim(config.determining() | ({"modules": set_sha256(cards)} if cards else {}), storage)
             storage.clean()
             storage.write_json(SETTINGS, config.model_dump(mode="json") | {"name": name})
             save_partition(storage, partition)
             if config.modules is not None:
                 import_modules(config.modules, storage, cards)
-            session = Session(config, name, console, plan, info, partition, storage, logged)
+            session = Session(config, name, console, plan, info, partition, storage, logged, cards)
             session.seconds["start"] = time.monotonic() - began
             yield session
             session.seconds["total"] = time.monotonic() - began
@@ -122,12 +130,11 @@ def run_name(config: Config) -> str:
     if config.name:
         return config.name
     settings = config.determining() | ({"modules": config.modules} if config.modules else {})
-    content = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     source = config.data.source.rpartition(":")[2].rstrip("/").rpartition("/")[2].partition(".")[0]
-    return f"{source}-{config.partition.scheme}-seed{config.seed}-{content[:8]}"
+    return f"{source}-{config.partition.scheme}-seed{config.seed}-{fingerprint(settings)[:8]}"
 
 
-def refuse_forgotten(storage: Storage, forgetting: bool = False) -> None:
+def refuse_forgotten(storage: Storage, *, forgetting: bool = False) -> None:
     """Raise ForgottenError for the folder of a run that had to forget, or of its successor that is not finished."""
     if storage.exists(FORGOTTEN):
         left = storage.read_json(FORGOTTEN)
@@ -145,29 +152,29 @@ def refuse_forgotten(storage: Storage, forgetting: bool = False) -> None:
 
 def claim(wanted: dict[str, Any], storage: Storage) -> None:
     """Make the run's folder that of the settings `wanted`. Raises RunConflictError where it is another's."""
-    if storage.exists("config.json"):
-        theirs, ours = flatten(storage.read_json("config.json")), flatten(wanted)
+    if storage.exists(CONFIG):
+        theirs = {name: value for name, value in flatten(storage.read_json(CONFIG)).items() if name not in MOVED}
         # JSON turns tuples into lists, so compare what both become.
-        ours = json.loads(json.dumps(ours))
+        ours = json.loads(json.dumps(flatten(wanted)))
         differing = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
         if differing:
             raise RunConflictError(
                 storage.uri, [f"{k}: there {theirs.get(k)!r}, here {ours.get(k)!r}" for k in differing]
             )
     else:
-        storage.write_json("config.json", wanted)
+        storage.write_json(CONFIG, wanted)
 
 
 def save_partition(storage: Storage, partition: Partition) -> None:
     """Keep the partition: its indices as Parquet, its digest and counts as JSON."""
-    with storage.writing("partition.parquet") as stream:
+    with storage.writing(INDICES) as stream:
         pq.write_table(partition.to_table(), stream)
     summary = {
         "sha256": partition.sha256,
         "clients": partition.clients,
         "counts": partition.matrix().tolist(),
     }
-    storage.write_json("partition.json", summary)
+    storage.write_json(PARTITION, summary)
 
 
 def find_refusal(error: BaseException | None) -> FedFactoryError | None:

@@ -6,7 +6,6 @@ import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from pydantic_settings import CliApp
 from rich.console import Console
 
 from fedfactory_ray.errors import ConfigError, FedFactoryError
-from fedfactory_ray.settings.config import Config, merge
+from fedfactory_ray.settings.config import Config, merge, nested, upgraded
 from fedfactory_ray.settings.presets import PRESETS
 from fedfactory_ray.storage.layout import SETTINGS
 
@@ -50,12 +49,8 @@ def _combine(values: dict[str, Any], overrides: Sequence[str]) -> Config:
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:
     """`config` with `changes`, values by dotted field. Raises ConfigError."""
-    tree: dict[str, Any] = config.model_dump()
-    for name, value in changes.items():
-        *sections, field = name.split(".")
-        tree = merge(tree, reduce(lambda inner, section: {section: inner}, reversed(sections), {field: value}))
     with _explained():
-        return Config.model_validate(tree)
+        return Config.model_validate(merge(config.model_dump(), nested(changes)))
 
 
 def stored_config(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -69,7 +64,7 @@ def stored_config(name: str, overrides: Sequence[str] = ()) -> Config:
     storage = Storage(uri).within(name)
     if not storage.exists(SETTINGS):
         raise ConfigError([f"{storage.uri} holds no run: {SETTINGS} is missing; --storage.uri tells where runs lie"])
-    values = merge(storage.read_json(SETTINGS), {"name": name, "storage": {"uri": uri}})
+    values = merge(upgraded(storage.read_json(SETTINGS)), {"name": name, "storage": {"uri": uri}})
     return _combine(values, overrides)
 
 

@@ -144,12 +144,35 @@ class Config(BaseSettings):
         return tree
 
 
+MOVED = {
+    "classifier.checkpoint_every": "storage.checkpoint_epochs",
+    "classifier.in_memory_mb": "resources.in_memory_mb",
+    "federated.checkpoint_every": "storage.checkpoint_rounds",
+}
+"""Settings of stored runs that have other names now."""
+
+
+def upgraded(tree: dict[str, Any]) -> dict[str, Any]:
+    """Stored settings, whatever version stored them, by today's names."""
+    return nested({MOVED.get(name, name): value for name, value in flatten(tree).items()})
+
+
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as `section.field` → value."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def nested(flat: dict[str, Any]) -> dict[str, Any]:
+    """Inverse of `flatten`."""
+    tree: dict[str, Any] = {}
+    for name, value in flat.items():
+        for part in reversed(name.split(".")):
+            value = {part: value}
+        tree = merge(tree, value)
+    return tree
 
 
 def merge(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,5 @@
-"""The section of the configuration that tells what each phase asks of the cluster."""
+"""The sections that tell where a run happens and is kept; but for threads and the number of workers, they determine no
+byte of it."""
 
 from __future__ import annotations
 
@@ -31,6 +32,13 @@ class ResourcesConfig(Section):
     """Number of Ray Train workers; part of what determines the classifier."""
     max_actors: int | None = Field(None, ge=1)
     """Upper bound of the client and of the synthesis actors; default: as many as fit."""
+    in_memory_mb: int = Field(4096, ge=0)
+    """A classifier's training set up to this size is held in each worker as uint8; a larger one is streamed, in an
+    order that is not promised to repeat."""
+    attempts: int = Field(3, ge=1)
+    """How often a client's work, or a fit, is begun before it is given up, should its process or node die each time."""
+    away_seconds: float = Field(600.0, gt=0)
+    """A natural silo that no living node may read for so long is given up."""
 
 
 class StorageConfig(Section):
@@ -40,6 +48,10 @@ class StorageConfig(Section):
     """Folder of all runs: a local path, a shared folder, or an s3:// or gs:// address."""
     checkpoint_seconds: float = Field(60.0, gt=0)
     """Time between the checkpoints of a module's training, from which it goes on after a failure."""
+    checkpoint_epochs: int = Field(5, ge=1)
+    """Epochs between the checkpoints of a classifier's or an expert's fit."""
+    checkpoint_rounds: int = Field(10, ge=1)
+    """Rounds between the checkpoints of a federated method."""
 
 
 class TrackingConfig(Section):

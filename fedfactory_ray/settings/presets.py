@@ -48,7 +48,6 @@ PUBLISHED_CLASSIFIER = {
     "rotate": 0.0,
     "shift": 0.125,
     "scale": 0.0,
-    "checkpoint_every": 20,
 }
 
 

@@ -180,9 +180,9 @@ class GeneratorConfig(Section):
             raise ValueError(f"attention_levels {self.attention_levels}: levels go from 0 to {len(self.channels) - 1}")
         return self
 
-    def steps(self, images: int) -> int:
-        """Optimiser steps for a class of `images` images."""
-        return min(max(round(self.epochs * images / self.batch_size), self.min_steps), self.max_steps)
+    def steps(self, n_images: int) -> int:
+        """Optimiser steps for a class of so many images."""
+        return min(max(round(self.epochs * n_images / self.batch_size), self.min_steps), self.max_steps)
 
     def check_resolution(self, resolution: int) -> None:
         """Raise ValueError where the U-Net cannot halve `resolution` (pixels) often enough."""
@@ -270,10 +270,6 @@ class ClassifierConfig(Section):
     """Largest random deviation of added noise (images lie in [-1, 1])."""
     validation_fraction: float = Field(0.1, gt=0, le=0.5)
     """Share of the synthetic images held back to choose the epoch."""
-    checkpoint_every: int = Field(5, ge=1)
-    """Epochs between checkpoints, from which a broken fit goes on."""
-    in_memory_mb: int = Field(4096, ge=0)
-    """A training set up to this size is held in each worker as uint8; a larger one is streamed."""
     precision: Precision = "auto"
     """Arithmetic of training; auto: bf16 where the hardware has it, else fp32."""
 
@@ -317,5 +313,3 @@ class FederatedConfig(Section):
     """`feddyn`: weight of the dynamic regulariser."""
     validation_every: int = Field(10, ge=2)
     """Every so-many-th training image of each (client, class) is held back for the choice of the round."""
-    checkpoint_every: int = Field(10, ge=1)
-    """Rounds between checkpoints, from which a broken run goes on."""

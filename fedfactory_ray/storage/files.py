@@ -76,10 +76,11 @@ class Storage:
             raise
         self.filesystem.move(temporary, target)
 
-    def write(self, name: str, content: bytes) -> None:
-        """Write a file at once, atomically."""
+    def write(self, name: str, content: bytes) -> str:
+        """Write a file at once, atomically; returns the SHA-256 of its content."""
         with self.writing(name) as stream:
             stream.write(content)
+        return hashlib.sha256(content).hexdigest()
 
     def copy(self, origin: Storage, name: str) -> None:
         """Copy a file of another folder of the same file system, atomically and without reading it here."""

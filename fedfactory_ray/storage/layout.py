@@ -68,6 +68,21 @@ def expert_folder(client: str) -> str:
     return f"{EXPERTS}/{client}"
 
 
+def method_folder(name: str) -> str:
+    """Where a federated method's checkpoints lie while it runs."""
+    return f"{FEDERATED}/{name}"
+
+
+def checkpoints_folder(folder: str) -> str:
+    """Where the checkpoints of what becomes the artefact in `folder` lie."""
+    return f"{folder}/checkpoints"
+
+
+def checkpoint_folder(folder: str, step: int) -> str:
+    """Where the checkpoint after `step` lies; in the order of names, the newest comes last."""
+    return f"{folder}/{step:08d}"
+
+
 def trainer_folder(name: str, fingerprint: str) -> str:
     """Where Ray Train keeps checkpoints of a classifier's fit."""
     return f"train-{name}-{fingerprint[:16]}"

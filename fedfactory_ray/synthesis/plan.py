@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.artefact import fingerprint
+from fedfactory_ray.storage.layout import unit_file
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,12 @@ class Unit:
     @property
     def file(self) -> str:
         """Name of the unit's Parquet file in a run's storage."""
-        return f"synthetic/class-{self.label:03d}/{self.client}-{self.index:05d}.parquet"
+        return unit_file(self.client, self.label, self.index)
+
+    def fingerprint(self, config: Config) -> str:
+        """What determines its images: the module, how it is drawn from, noise and number."""
+        drawing = [config.sampler.model_dump(mode="json"), config.synthesis.batch_size, config.generator.precision]
+        return fingerprint("unit", asdict(self), drawing, config.resources.synthesis.threads)
 
 
 def quotas(counts: dict[str, int], total: int) -> dict[str, int]:
@@ -82,7 +89,7 @@ def make_units(cards: Iterable[ModuleCard], images_per_class: int, unit_size: in
         by_label.setdefault(card.label, {})[card.client] = card
     units = []
     for label, holders in sorted(by_label.items()):
-        shares = quotas({client: card.images for client, card in holders.items()}, images_per_class)
+        shares = quotas({client: card.n_images for client, card in holders.items()}, images_per_class)
         for client, quota in sorted(shares.items()):
             for index, start in enumerate(range(0, quota, unit_size)):
                 n = min(unit_size, quota - start)

@@ -5,16 +5,61 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from fedfactory_ray.errors import CardError
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.plan import Unit
 
-ROWS_DIGEST = b"fedfactory.rows_sha256"
-SHAPE = b"fedfactory.shape"
+ROWS_DIGEST, SHAPE, MADE_OF = b"fedfactory.rows_sha256", b"fedfactory.shape", b"fedfactory.fingerprint"
+"""Keys of a file's metadata."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """What a unit's file holds: a line of the manifest. A file is its own card (see `storage.artefact.Kept`)."""
+
+    kind: ClassVar[str] = "unit"
+    file: str
+    client: str
+    label: int
+    unit: int
+    n: int
+    module_sha256: str
+    rows_sha256: str
+    fingerprint: str = ""
+
+    @staticmethod
+    def mark(place: str) -> str:
+        """See Kept."""
+        return place
+
+    @classmethod
+    def read(cls, storage: Storage, place: str) -> Shard:
+        """See Kept: by its rows, all of which are decoded."""
+        found = read_shard(storage, place)
+        if found is None:
+            raise CardError(cls.kind, f"{place}, torn")
+        return found
+
+    def whole(self, storage: Storage, place: str) -> bool:
+        """See Kept: `read` has compared the rows with their digest."""
+        return True
+
+
+def shard_of(unit: Unit, images: np.ndarray, fingerprint: str = "") -> Shard:
+    """The manifest's line of a unit whose images are uint8 (n, H, W, C)."""
+    digest = rows_digest(unit, images)
+    return Shard(unit.file, unit.client, unit.label, unit.index, unit.n, unit.module_sha256, digest, fingerprint)
+
+
+def manifest_digest(manifest: list[Shard]) -> str:
+    """SHA-256 of all rows, in order."""
+    return hashlib.sha256("".join(shard.rows_sha256 for shard in manifest).encode()).hexdigest()
 
 
 def rows_digest(unit: Unit, images: np.ndarray) -> str:
@@ -67,12 +112,39 @@ def to_table(unit: Unit, images: np.ndarray) -> pa.Table:
     return table.replace_schema_metadata({ROWS_DIGEST: rows_digest(unit, images).encode(), SHAPE: shape})
 
 
-def write_shard(storage: Storage, unit: Unit, images: np.ndarray) -> str:
-    """Write a unit's file atomically; returns the digest of its rows."""
-    table = to_table(unit, images)
+def write_shard(storage: Storage, unit: Unit, images: np.ndarray, fingerprint: str = "") -> Shard:
+    """Write a unit's file atomically; `fingerprint` is what determined its images."""
+    table, shard = to_table(unit, images), shard_of(unit, images, fingerprint)
     with storage.writing(unit.file) as stream:
-        pq.write_table(table, stream, compression="zstd")
-    return rows_digest(unit, images)
+        facts = table.schema.metadata | {MADE_OF: fingerprint.encode()}
+        pq.write_table(table.replace_schema_metadata(facts), stream, compression="zstd")
+    return shard
+
+
+def read_shard(storage: Storage, file: str) -> Shard | None:
+    """What a unit's file holds, by its rows, or None where it is missing, torn, or not what its digest says."""
+    if not storage.exists(file):
+        return None
+    try:
+        table = pq.read_table(storage.path(file), filesystem=storage.filesystem)
+        facts = table.schema.metadata
+        height, width, channels = json.loads(facts[SHAPE])
+        images = images_of(table, (height, width, channels))
+        label, client, module, index = (table[name][0].as_py() for name in ("label", "client", "module", "unit"))
+        unit = Unit(client, label, index, table.num_rows, 0, module)
+        expected = to_table(unit, images)
+        same = expected.equals(table) and expected.schema.metadata.items() <= facts.items()
+        return shard_of(unit, images, facts.get(MADE_OF, b"").decode()) if same and unit.file == file else None
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, AttributeError):  # each a way of being torn
+        return None
+
+
+def verified_digest(storage: Storage, unit: Unit) -> str | None:
+    """Digest of the rows of a unit's file, or None where it is missing, torn, or not of this unit."""
+    found = read_shard(storage, unit.file)
+    if found is None or (found.n, found.module_sha256) != (unit.n, unit.module_sha256):
+        return None
+    return found.rows_sha256
 
 
 def read_shards(storage: Storage, files: list[str]) -> pa.Table:
@@ -88,38 +160,3 @@ def read_shards(storage: Storage, files: list[str]) -> pa.Table:
         return pa.schema(columns.items()).empty_table()
     shards = pq.ParquetDataset([storage.path(file) for file in files], filesystem=storage.filesystem)
     return shards.read([*columns]).replace_schema_metadata()
-
-
-def verified_digest(storage: Storage, unit: Unit) -> str | None:
-    """Digest of the rows of a unit's file, or None where the file is missing, torn, or not of this unit."""
-    if not storage.exists(unit.file):
-        return None
-    try:
-        table = pq.read_table(storage.path(unit.file), filesystem=storage.filesystem)
-        height, width, channels = json.loads(table.schema.metadata[SHAPE])
-        images = images_of(table, (height, width, channels))
-        expected = to_table(unit, images)
-        whole = (
-            table.num_rows == unit.n and table.equals(expected) and table.schema.metadata == expected.schema.metadata
-        )
-    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError, AttributeError):  # each a way of being torn
-        return None
-    return rows_digest(unit, images) if whole else None
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One line of the manifest: a unit's file and what it holds."""
-
-    file: str
-    client: str
-    label: int
-    unit: int
-    n: int
-    module_sha256: str
-    rows_sha256: str
-
-
-def manifest_digest(manifest: list[Shard]) -> str:
-    """SHA-256 of all rows, in order."""
-    return hashlib.sha256("".join(shard.rows_sha256 for shard in manifest).encode()).hexdigest()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -12,23 +12,22 @@ import ray
 from ray.exceptions import ObjectLostError, RayActorError
 
 from fedfactory_ray.cluster.plan import Worker
-from fedfactory_ray.generation.card import ModuleHandle
+from fedfactory_ray.cluster.stored import find_all
+from fedfactory_ray.generation.card import Modules
 from fedfactory_ray.settings.config import Config
-from fedfactory_ray.settings.places import WorkerResources
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import MANIFEST
+from fedfactory_ray.storage.layout import MANIFEST, WEIGHTS
 from fedfactory_ray.synthesis.plan import Unit, make_units
-from fedfactory_ray.synthesis.shard import Shard, verified_digest
+from fedfactory_ray.synthesis.shard import Shard, write_shard
 
 KEPT_MODULES = 2
-VERIFIED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class Drawn:
+class UnitDrawn:
     """Progress of synthesis: images there are so far, and where the last unit was drawn (None: it was there)."""
 
-    images: int
+    n_images: int
     node: str | None
     gpus: tuple[str, ...] = ()
 
@@ -37,16 +36,14 @@ class Synthesizer:
     """An actor that draws units; it keeps the network once and the weights of the few modules used last."""
 
     def __init__(
-        self,
-        config: Config,
-        resources: WorkerResources,
-        storage: Storage,
-        modules: dict[tuple[str, int], ModuleHandle],
+        self, config: Config, threads: int, storage: Storage, modules: Modules, target: Storage | None = None
     ) -> None:
-        from fedfactory_ray.cluster.devices import assigned_device, prepare_process
+        """Units are written to `target`, by default the `storage` of the modules."""
+        from fedfactory_ray.cluster.devices import assigned_device, prepare_process, resolve_precision
 
-        self.config, self.storage, self.modules = config, storage, modules
-        self.device = prepare_process(resources, assigned_device(ray.get_gpu_ids()))
+        self.config, self.storage, self.modules, self.target = config, storage, modules, target or storage
+        self.device = prepare_process(threads, assigned_device(ray.get_gpu_ids()))
+        self.precision = resolve_precision(config.generator.precision, self.device)
         self.kept: OrderedDict[tuple[str, int], Any] = OrderedDict()
 
     def denoiser(self, key: tuple[str, int]) -> Any:
@@ -62,7 +59,7 @@ class Synthesizer:
         except (ObjectLostError, RayActorError):
             weights = None
         if weights is None:
-            weights = self.storage.read(f"{handle.card.folder}/model.safetensors")
+            weights = self.storage.read(f"{handle.card.folder}/{WEIGHTS}")
         card, denoiser = handle.card, None
         if len(self.kept) == KEPT_MODULES:
             old, kept = self.kept.popitem(last=False)
@@ -73,57 +70,29 @@ class Synthesizer:
         self.kept[key] = denoiser.to(self.device)
         return self.kept[key]
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Draw and write the batch's units; returns the digests of their rows."""
-        from fedfactory_ray.cluster.devices import resolve_precision
+    def draw(self, unit: Unit) -> Shard:
+        """Draw a unit and write its file."""
         from fedfactory_ray.generation.sampling import draw_images
-        from fedfactory_ray.synthesis.shard import write_shard
 
-        digests = []
-        precision = resolve_precision(self.config.generator.precision, self.device)
-        for row in zip(*(batch[name].tolist() for name in Unit.__dataclass_fields__), strict=True):
-            unit = Unit(*row)
-            images = draw_images(
-                self.denoiser((unit.client, unit.label)),
-                self.config.sampler,
-                unit.n,
-                self.config.synthesis.batch_size,
-                unit.seed,
-                self.device,
-                precision,
-            )
-            digests.append(write_shard(self.storage, unit, images))
+        denoiser, size = self.denoiser((unit.client, unit.label)), self.config.synthesis.batch_size
+        images = draw_images(denoiser, self.config.sampler, unit.n, size, unit.seed, self.device, self.precision)
+        return write_shard(self.target, unit, images, unit.fingerprint(self.config))
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Draw the batch's units, a row each; returns a column a field of their shards, and where they were drawn."""
+        rows = zip(*(batch[field.name].tolist() for field in fields(Unit)), strict=True)
+        shards = [self.draw(Unit(*row)) for row in rows]
+        columns = {f.name: np.array([getattr(shard, f.name) for shard in shards]) for f in fields(Shard)}
         node, gpus = ray.get_runtime_context().get_node_id(), ",".join(map(str, ray.get_gpu_ids()))
-        return batch | {
-            "rows_sha256": np.array(digests),
-            "node": np.full(len(digests), node),
-            "gpus": np.full(len(digests), gpus),
-        }
-
-
-@ray.remote
-def _verify(storage: Storage, units: list[Unit]) -> dict[str, str]:
-    digests = {unit.file: verified_digest(storage, unit) for unit in units}
-    return {file: digest for file, digest in digests.items() if digest is not None}
-
-
-def stored_units(storage: Storage, units: list[Unit]) -> dict[str, str]:
-    """Digests by file of the units that an earlier start of the run drew and that verify."""
-    there = set(storage.names("synthetic"))
-    candidates = [unit for unit in units if unit.file in there]
-    chunks = [candidates[start : start + VERIFIED_AT_ONCE] for start in range(0, len(candidates), VERIFIED_AT_ONCE)]
-    found: dict[str, str] = {}
-    for digests in ray.get([_verify.remote(storage, chunk) for chunk in chunks]):
-        found |= digests
-    return found
+        return columns | {"node": np.full(len(shards), node), "gpus": np.full(len(shards), gpus)}
 
 
 def synthesize(
     config: Config,
-    modules: dict[tuple[str, int], ModuleHandle],
+    modules: Modules,
     worker: Worker,
     storage: Storage,
-    listen: Callable[[Drawn], None],
+    listen: Callable[[UnitDrawn], None],
 ) -> list[Shard]:
     """Draw the synthetic data set; returns its manifest, which is also written to storage, last.
 
@@ -135,10 +104,10 @@ def synthesize(
         config.synthesis.unit_size,
         config.seed,
     )
-    digests = stored_units(storage, units)
-    images = sum(unit.n for unit in units if unit.file in digests)
-    listen(Drawn(images, None))
-    missing = [asdict(unit) for unit in units if unit.file not in digests]
+    shards = find_all(storage, Shard, {unit.file: unit.fingerprint(config) for unit in units})
+    n_images = sum(shard.n for shard in shards.values())
+    listen(UnitDrawn(n_images, None))
+    missing = [asdict(unit) for unit in units if unit.file not in shards]
     if missing:
         drawing = ray.data.from_items(missing, override_num_blocks=len(missing)).map_batches(
             Synthesizer,
@@ -146,16 +115,13 @@ def synthesize(
             compute=ray.data.ActorPoolStrategy(size=min(worker.slots, len(missing))),
             num_cpus=worker.num_cpus,
             num_gpus=worker.num_gpus,
-            fn_constructor_args=(config, worker.resources, storage, modules),
+            fn_constructor_args=(config, worker.threads, storage, modules),
         )
         for row in drawing.iter_rows():
-            unit = Unit(**{name: row[name] for name in Unit.__dataclass_fields__})
-            digests[unit.file] = row["rows_sha256"]
-            images += unit.n
-            listen(Drawn(images, row["node"], tuple(filter(None, row["gpus"].split(",")))))
-    manifest = [
-        Shard(unit.file, unit.client, unit.label, unit.index, unit.n, unit.module_sha256, digests[unit.file])
-        for unit in units
-    ]
+            shard = Shard(**{field.name: row[field.name] for field in fields(Shard)})
+            shards[shard.file] = shard
+            n_images += shard.n
+            listen(UnitDrawn(n_images, row["node"], tuple(filter(None, row["gpus"].split(",")))))
+    manifest = [shards[unit.file] for unit in units]
     storage.write_json(MANIFEST, [asdict(shard) for shard in manifest])
     return manifest

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -46,6 +47,30 @@ class Bars:
         if name not in self.parts:
             self.parts[name] = self.progress.add_task(f"  {name}", total=total, note="")
         self.progress.update(self.parts[name], completed=done, total=total, note=note, visible=done < total)
+
+
+class Lines(logging.Handler):
+    """Prints what the package's loggers tell, a line each."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(logging.INFO)
+        self.console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """See logging.Handler."""
+        self.console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def log_lines(console: Console) -> Iterator[None]:
+    """Show retries, resumes, reuse and givings up while the block runs."""
+    logger, lines = logging.getLogger(__name__.partition(".")[0]), Lines(console)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(lines)
+    try:
+        yield
+    finally:
+        logger.removeHandler(lines)
 
 
 @contextmanager

@@ -185,7 +185,7 @@ class ClientRun:
         run = self.run
         run.metrics(
             {
-                "images": sum(c.images for c in cards),
+                "images": sum(c.n_images for c in cards),
                 "uploaded_bytes": sum(c.size for c in cards),
                 "modules": len(cards),
             }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -13,21 +11,23 @@ from typing import TYPE_CHECKING, Any
 import pyarrow as pa
 import ray
 
-from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.generation.card import ModuleCard, Modules
+from fedfactory_ray.pipeline.listeners import Listeners
 from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.artefact import fingerprint
 from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import WEIGHTS
 from fedfactory_ray.synthesis.plan import make_units
-from fedfactory_ray.synthesis.shard import Shard
+from fedfactory_ray.synthesis.shard import Shard, manifest_digest
 
 if TYPE_CHECKING:
     from fedfactory_ray.classification.rows import Rows
-    from fedfactory_ray.generation.card import Modules
     from fedfactory_ray.pipeline.session import Session
-    from fedfactory_ray.tracking.runs import ClientRun, Run
+    from fedfactory_ray.tracking.runs import Run
 
 
 @dataclass(frozen=True)
-class Drawn:
+class SharedImages:
     """Synthetic images in storage, as many a class as the greediest of the trials that share them asks for."""
 
     storage: Storage
@@ -43,10 +43,9 @@ class Drawn:
         wanted = {unit.file: unit.n for unit in units}
         shards = [replace(shard, n=wanted[shard.file]) for shard in self.manifest if shard.file in wanted]
         whole = all(shard.n == wanted.get(shard.file, shard.n) for shard in self.manifest)
-        names = [shard.rows_sha256 if whole else f"{shard.rows_sha256} {shard.n}" for shard in shards]
-        rows = shard_rows(
-            self.storage, shards, hashlib.sha256("".join(names).encode()).hexdigest(), synthesis.unit_size
-        )
+        names = [[shard.rows_sha256, shard.n] for shard in shards]
+        digest = manifest_digest(shards) if whole else fingerprint(names)
+        rows = shard_rows(self.storage, shards, digest, synthesis.unit_size)
         if whole:
             return rows
         sizes = {(shard.client, shard.label, shard.unit): shard.n for shard in shards}
@@ -55,77 +54,77 @@ class Drawn:
         )
 
 
-Sizes = Mapping[tuple[str, int, int], int]
-"""Images by unit: (client, label, index of the unit)."""
+UnitSizes = Mapping[tuple[str, int, int], int]
+"""Number of images by unit: (client, label, index of the unit)."""
 
 
-def _first_read(table: Callable[[], pa.Table], sizes: Sizes) -> pa.Table:
+def _first_read(table: Callable[[], pa.Table], sizes: UnitSizes) -> pa.Table:
     return _first(table(), sizes)
 
 
-def _first_streamed(dataset: Callable[[], ray.data.Dataset], sizes: Sizes) -> ray.data.Dataset:
+def _first_streamed(dataset: Callable[[], ray.data.Dataset], sizes: UnitSizes) -> ray.data.Dataset:
     return dataset().map_batches(_first, fn_args=[sizes], batch_format="pyarrow")
 
 
-def _first(table: pa.Table, sizes: Sizes) -> pa.Table:
+def _first(table: pa.Table, sizes: UnitSizes) -> pa.Table:
     """The first rows of each unit, as many as `sizes` tells."""
     rows = zip(*(table[name].to_pylist() for name in ("client", "label", "unit", "index")), strict=True)
     return table.filter(pa.array([index < sizes[client, label, unit] for client, label, unit, index in rows]))
 
 
-def settings_of_modules(config: Config) -> dict[str, Any]:
-    """What determines the modules."""
+def settings_of_modules(config: Config) -> str:
+    """A short name for all settings that determine the modules."""
     tree = config.determining()
-    return {name: tree[name] for name in ("seed", "data", "partition", "generator")} | {
-        "threads": tree["resources"]["threads"]["client"]
-    }
+    return short({name: tree[name] for name in ("seed", "data", "partition", "generator")} | _threads(tree, "client"))
 
 
-def settings_of_images(config: Config) -> dict[str, Any]:
-    """What determines the synthetic images, but for their number."""
+def settings_of_images(config: Config) -> str:
+    """A short name for all settings that determine the synthetic images, but for their number."""
     tree = config.determining()
     del tree["synthesis"]["images_per_class"]
-    return {"modules": settings_of_modules(config), "threads": tree["resources"]["threads"]["synthesis"]} | {
-        name: tree[name] for name in ("sampler", "synthesis")
-    }
+    drawing = {name: tree[name] for name in ("sampler", "synthesis")} | _threads(tree, "synthesis")
+    return short({"modules": settings_of_modules(config)} | drawing)
 
 
-def digest(settings: Mapping[str, Any]) -> str:
+def _threads(tree: dict[str, Any], phase: str) -> dict[str, Any]:
+    return {"threads": tree["resources"]["threads"][phase]}
+
+
+def short(settings: Mapping[str, Any]) -> str:
     """A short name for settings."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    return fingerprint(settings)[:12]
 
 
-def make_drawn(sessions: Sequence[Session]) -> dict[str, Drawn]:
+def make_drawn(sessions: Sequence[Session]) -> dict[str, SharedImages]:
     """Train the modules and draw the images for these sessions, one a trial, all with the same storage; returns them by
-    the digest of `settings_of_images`. What several share is made once, and what is there and verifies is not made."""
+    `settings_of_images`. What several share is made once, and what is there and verifies is not made."""
     from fedfactory_ray.pipeline.phases import draw_images
 
     modules: dict[str, Modules] = {}
-    drawn: dict[str, Drawn] = {}
+    drawn: dict[str, SharedImages] = {}
     for session in sorted(sessions, key=lambda session: -session.config.synthesis.images_per_class):
-        by_modules, by_images = (digest(of(session.config)) for of in (settings_of_modules, settings_of_images))
+        by_modules, by_images = settings_of_modules(session.config), settings_of_images(session.config)
         if by_modules not in modules:
-            modules[by_modules] = train_modules(session, f"modules-{by_modules}")
+            modules[by_modules] = share_modules(session, f"modules-{by_modules}")
         if by_images not in drawn:
             inner = _within(session, f"images-{by_images}")
-            manifest = draw_images(inner, modules[by_modules])
+            manifest = draw_images(inner, Listeners(inner.console, inner.logged), modules[by_modules])
             inner.run.end()
-            drawn[by_images] = Drawn(inner.storage, [h.card for h in modules[by_modules].values()], manifest)
+            drawn[by_images] = SharedImages(inner.storage, [h.card for h in modules[by_modules].values()], manifest)
     return drawn
 
 
-def train_modules(session: Session, name: str) -> Modules:
+def share_modules(session: Session, name: str) -> Modules:
     """The session's modules, in the folder `name` of its storage, with references that outlive their clients."""
-    from fedfactory_ray.pipeline import phases as pipeline
+    from fedfactory_ray.pipeline.phases import train_modules
 
     inner = _within(session, name)
-    client_runs: dict[str, ClientRun] = {}
-    modules = pipeline.train_modules(inner, client_runs)
-    for client_run in client_runs.values():
-        client_run.run.end()
+    listeners = Listeners(inner.console, inner.logged)
+    modules = train_modules(inner, listeners)
+    listeners.end_clients()
     inner.run.end()
     # Images go to another folder, so whoever draws them finds no module there, should Ray lose one: it is read again.
-    files = {key: f"{handle.card.folder}/model.safetensors" for key, handle in modules.items()}
+    files = {key: f"{handle.card.folder}/{WEIGHTS}" for key, handle in modules.items()}
     return {key: replace(handle, ref=_read.remote(inner.storage, files[key])) for key, handle in modules.items()}
 
 
@@ -138,4 +137,4 @@ def _within(session: Session, name: str) -> Session:
     """The session with a folder and an MLflow run of its own."""
     logged: Future[Run] = Future()
     logged.set_result(session.run.child(name))
-    return replace(session, storage=session.storage.within(name), logged=logged, seconds={})
+    return session.other(storage=session.storage.within(name), logged=logged)

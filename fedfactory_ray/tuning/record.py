@@ -7,13 +7,13 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import TRIAL
 
-FILE = "trial.json"
 Outcome = Literal["whole", "stopped early", "failed"]
 
 
 @dataclass(frozen=True)
-class Report:
+class TrialStep:
     """A round or an epoch (`step`) of at most `steps`: accuracy and loss on validation images, `best` the highest
     accuracy so far, by which the scheduler decides. The report of a `whole` trial tells of what the method chose."""
 
@@ -26,7 +26,7 @@ class Report:
     whole: bool = False
 
     @classmethod
-    def from_result(cls, result: Mapping[str, Any]) -> Report:
+    def from_result(cls, result: Mapping[str, Any]) -> TrialStep:
         """The report inside what Ray Tune makes of it."""
         return cls(**{name: result[name] for name in cls.__dataclass_fields__})
 
@@ -41,11 +41,11 @@ class Record:
     """A trial's reports, in order, and its outcome: None while it runs, or where it broke off."""
 
     settings: Mapping[str, str]
-    reports: list[Report] = field(default_factory=list)
+    reports: list[TrialStep] = field(default_factory=list)
     outcome: Outcome | None = None
 
     @property
-    def last(self) -> Report | None:
+    def last(self) -> TrialStep | None:
         """The latest report."""
         return self.reports[-1] if self.reports else None
 
@@ -55,13 +55,13 @@ class Record:
         return self.outcome in ("whole", "stopped early")
 
     @property
-    def result(self) -> Report | None:
+    def result(self) -> TrialStep | None:
         """What counts: the report of a whole trial, else the best one; None where none came."""
         if self.last is not None and self.last.whole:
             return self.last
         return max(self.reports, key=lambda report: report.merit, default=None)
 
-    def add(self, report: Report) -> bool:
+    def add(self, report: TrialStep) -> bool:
         """Take a report unless an earlier start of the trial told it already; returns whether it is new."""
         last = self.last
         new = last is None or report.step > last.step or (report.whole and not last.whole)
@@ -71,12 +71,12 @@ class Record:
 
     def write(self, storage: Storage) -> None:
         """Keep the record in a trial's storage."""
-        storage.write_json(FILE, asdict(self))
+        storage.write_json(TRIAL, asdict(self))
 
 
 def read_record(storage: Storage, settings: Mapping[str, str]) -> Record:
     """The record in a trial's storage, an empty one where there is none."""
-    if not storage.exists(FILE):
+    if not storage.exists(TRIAL):
         return Record(settings)
-    found = storage.read_json(FILE)
-    return Record(settings, [Report(**report) for report in found["reports"]], found["outcome"])
+    found = storage.read_json(TRIAL)
+    return Record(settings, [TrialStep(**report) for report in found["reports"]], found["outcome"])

@@ -10,13 +10,14 @@ from io import StringIO
 from rich.console import Console
 from rich.table import Table
 
+from fedfactory_ray.storage.layout import BEST
 from fedfactory_ray.tracking.runs import Run
 from fedfactory_ray.tuning.record import Outcome, Record
 from fedfactory_ray.tuning.search import overrides
 
 
 @dataclass(frozen=True)
-class Line:
+class TrialLine:
     """A trial: its settings, accuracy and loss on validation images (None: it failed), the step that it came to, of at
     most `steps`, and its seconds."""
 
@@ -29,7 +30,7 @@ class Line:
     outcome: Outcome | None
 
     @classmethod
-    def of(cls, record: Record) -> Line:
+    def of(cls, record: Record) -> TrialLine:
         """The line of a record."""
         result, last = record.result, record.last
         if result is None or last is None:
@@ -55,7 +56,7 @@ class Study:
     storage: str
     method: str
     unit: str
-    lines: list[Line]
+    lines: list[TrialLine]
 
     @property
     def best(self) -> str:
@@ -85,7 +86,7 @@ def log_study(run: Run, study: Study, best: str) -> None:
     Console(file=text, width=160).print(study_table(study))
     run.text(text.getvalue(), "trials.txt")
     run.json([asdict(line) for line in study.lines], "trials.json")
-    run.text(best, "best.yaml")
+    run.text(best, BEST)
     run.tag("best", study.best)
     if study.lines[0].accuracy is not None:
         run.metrics({"accuracy": study.lines[0].accuracy})

@@ -24,13 +24,13 @@ from fedfactory_ray.pipeline.session import Session, find_refusal, open_session,
 from fedfactory_ray.pipeline.survey import survey
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import CENTRALISED, METHOD
+from fedfactory_ray.storage.layout import BEST, CENTRALISED, METHOD, TRIAL, TUNE
 from fedfactory_ray.synthesis.plan import check_validation
 from fedfactory_ray.tracking.progress import Bars, bars
 from fedfactory_ray.tracking.runs import Run
-from fedfactory_ray.tuning.drawn import digest, make_drawn, settings_of_images
-from fedfactory_ray.tuning.record import FILE, Record, Report, read_record
-from fedfactory_ray.tuning.report import Line, Study, log_study
+from fedfactory_ray.tuning.drawn import make_drawn, settings_of_images, short
+from fedfactory_ray.tuning.record import Record, TrialStep, read_record
+from fedfactory_ray.tuning.report import Study, TrialLine, log_study
 from fedfactory_ray.tuning.search import (
     Dimension,
     Settings,
@@ -53,7 +53,6 @@ REDUCTION = 2
 """At a rung, a trial goes on if it is not below the median of those that came so far…"""
 GRACE = 4
 """…and the first rung is at this part of the most steps, the next at REDUCTION times that."""
-TUNE_FOLDER = "tune"
 
 
 @dataclass(frozen=True)
@@ -68,9 +67,9 @@ class Trial:
     def name(self) -> str:
         """Unique to all that determines the trial's result."""
         if self.method not in METHODS:
-            return f"trial-{digest(self.config.determining())}"
+            return f"trial-{short(self.config.determining())}"
         method = METHODS[self.method](self.config.federated)
-        return f"trial-{digest(settings_of_shares(self.config) | determining(self.config, method))}"
+        return f"trial-{short(settings_of_shares(self.config) | determining(self.config, method))}"
 
 
 def make_trials(config: Config, method: str, search: Sequence[str], trials: int | None) -> list[Trial]:
@@ -134,11 +133,11 @@ def run_study(
             watch = Watch(session, unit, storages, records, shown)
             steps = max(_steps(method, trial.config, session.partition) for trial in made)
             run_trials(session, watch, jobs, steps, concurrent)
-        lines = sorted((Line.of(record) for record in records), key=lambda line: line.rank)
+        lines = sorted((TrialLine.of(record) for record in records), key=lambda line: line.rank)
         study = Study(session.name, session.storage.uri, method, unit, lines)
         best = configured(config, lines[0].settings).model_dump(mode="json", exclude={"name"})
         text = yaml.safe_dump(best, sort_keys=False)
-        session.storage.write("best.yaml", text.encode())
+        session.storage.write(BEST, text.encode())
         log_study(session.run, study, text)
     return study
 
@@ -167,10 +166,10 @@ def make_jobs(
     todo: Sequence[int],
 ) -> dict[int, Job]:
     """The jobs of the trials `todo` (places among `trials`), with what they share made. Raises FedFactoryError."""
-    surveys = {digest(settings_of_shares(session.config)): (session.info, session.partition)}
+    surveys = {short(settings_of_shares(session.config)): (session.info, session.partition)}
     sessions = []
     for trial in trials:
-        shares = digest(settings_of_shares(trial.config))
+        shares = short(settings_of_shares(trial.config))
         if shares not in surveys:
             surveys[shares] = survey(trial.config)[:2]
         info, partition = surveys[shares]
@@ -180,8 +179,8 @@ def make_jobs(
             raise DataInvalidError(trial.config.data.source, "no val images", "a validation split, to tune on it")
         if method == METHOD:
             check_validation(trial.config, partition)
-        sessions.append(replace(session, config=trial.config, info=info, partition=partition))
-    images = [digest(settings_of_images(trial.config)) for trial in trials]
+        sessions.append(session.other(config=trial.config, info=info, partition=partition))
+    images = [settings_of_images(trial.config) for trial in trials]
     drawn = {}
     if method == METHOD:
         wanted = {images[index] for index in todo}
@@ -217,7 +216,7 @@ class Watch(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
         """A trial reported a step."""
-        index, report = trial.config["trial"], Report.from_result(result)
+        index, report = trial.config["trial"], TrialStep.from_result(result)
         if self.records[index].add(report):
             self.records[index].write(self.storages[index])
         self.run(index).curves(_points(report))
@@ -266,7 +265,7 @@ class Watch(tune.Callback):
         self.shown.update(sum(record.outcome is not None for record in self.records), best + note)
 
 
-def _points(report: Report) -> list[tuple[str, int, float]]:
+def _points(report: TrialStep) -> list[tuple[str, int, float]]:
     """A report's points in MLflow's curves."""
     if report.whole:  # tells of a step that is there already
         return []
@@ -287,27 +286,27 @@ def run_trials(session: Session, watch: Watch, jobs: dict[int, Job], steps: int,
     scheduler = make_scheduler(steps, watch.records)
     # A trial only gives orders, so it takes no CPU from its workers; but Tune wants it to take something.
     light = tune.PlacementGroupFactory([{"memory": 1}])
-    storage.delete_folder(TUNE_FOLDER)
+    storage.delete_folder(TUNE)
     results = tune.Tuner(
         tune.with_resources(tune.with_parameters(run_trial, jobs=jobs), light),
         param_space={"trial": tune.grid_search(list(jobs))},
         tune_config=tune.TuneConfig(scheduler=scheduler, max_concurrent_trials=concurrent),
         run_config=tune.RunConfig(
-            name=TUNE_FOLDER,
+            name=TUNE,
             storage_path=storage.root,
             storage_filesystem=storage.filesystem,
             callbacks=[watch],
-            failure_config=tune.FailureConfig(max_failures=1),
+            failure_config=tune.FailureConfig(max_failures=session.config.resources.attempts - 1),
             verbose=0,
         ),
     ).fit()
     errors = {result.config["trial"]: result.error for result in results if result.error is not None}
     for index, error in errors.items():
         watch.fail(index, find_refusal(error) or error)
-    storage.delete_folder(TUNE_FOLDER)
+    storage.delete_folder(TUNE)
     for index, job in jobs.items():
         if watch.records[index].outcome == "stopped early":
-            for name in set(job.storage.names("")) - {FILE}:  # checkpoints that nobody needs
+            for name in set(job.storage.names("")) - {TRIAL}:  # checkpoints that nobody needs
                 job.storage.delete(name)
     if not any(record.finished for record in watch.records):
         raise next(find_refusal(error) or error for error in errors.values())

@@ -14,9 +14,9 @@ from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import METHOD
-from fedfactory_ray.tuning.drawn import Drawn
-from fedfactory_ray.tuning.record import Report, read_record
+from fedfactory_ray.storage.layout import CENTRALISED, METHOD
+from fedfactory_ray.tuning.drawn import SharedImages
+from fedfactory_ray.tuning.record import TrialStep, read_record
 
 if TYPE_CHECKING:
     from fedfactory_ray.classification.fitting import Epoch
@@ -35,7 +35,7 @@ class Job:
     info: DataInfo
     worker: Worker
     storage: Storage
-    drawn: Drawn | None = None
+    drawn: SharedImages | None = None
 
 
 def run_trial(chosen: Mapping[str, int], jobs: Mapping[int, Job]) -> None:
@@ -52,11 +52,11 @@ def run_trial(chosen: Mapping[str, int], jobs: Mapping[int, Job]) -> None:
 
     def tell(step: int, steps: int, accuracy: float, loss: float) -> None:
         best = max([accuracy, *(report.accuracy for report in record.reports)])
-        report = Report(step, steps, accuracy, loss, best, time.monotonic() - began)
+        report = TrialStep(step, steps, accuracy, loss, best, time.monotonic() - began)
         if record.add(report):
             tune.report(asdict(report))
 
-    accuracy, loss = (run_classifier if job.method in (METHOD, "centralised") else run_federated)(job, tell)
+    accuracy, loss = (run_classifier if job.method in (METHOD, CENTRALISED) else run_federated)(job, tell)
     assert record.last is not None
     whole = replace(record.last, accuracy=accuracy, loss=loss, seconds=time.monotonic() - began, whole=True)
     tune.report(asdict(whole))
@@ -66,15 +66,13 @@ def run_federated(job: Job, tell: Tell) -> tuple[float, float]:
     """A federated method; returns accuracy and loss of the chosen round on the clients' validation images."""
     from fedfactory_ray.baselines.methods import METHODS
     from fedfactory_ray.baselines.rounds import Federation, Round
-    from fedfactory_ray.data.source import Task
 
     settings, info = job.config.federated, job.info
 
     def on_round(done: Round) -> None:
         tell(done.round, settings.rounds, done.validation_accuracy, done.validation_loss)
 
-    task = Task(info.classes, info.channels, info.resolution)
-    with Federation(job.config, job.partition, task, job.worker, job.storage) as federation:
+    with Federation(job.config, job.partition, info.task, job.worker, job.storage) as federation:
         found = federation.run(job.method, METHODS[job.method](settings), on_round)
     for done in found.history:
         on_round(done)
@@ -88,7 +86,6 @@ def run_classifier(job: Job, tell: Tell) -> tuple[float, float]:
     """A classifier's fit; returns accuracy and loss of the chosen epoch on the real validation split."""
     from fedfactory_ray.baselines.centralised import real_rows, reference_config
     from fedfactory_ray.classification.training import fit
-    from fedfactory_ray.data.source import Task
 
     info = job.info
 
@@ -99,8 +96,7 @@ def run_classifier(job: Job, tell: Tell) -> tuple[float, float]:
         config, rows = job.config, job.drawn.rows(job.config)
     else:
         config, rows = reference_config(job.config, job.partition), real_rows(job.config, job.partition, info)
-    task = Task(info.classes, info.channels, info.resolution)
-    fitted = fit(config, rows, task, job.worker, job.storage, job.method, on_epoch, judged=True)
+    fitted = fit(config, rows, info.task, job.worker, job.storage, job.method, on_epoch, judged=True)
     for epoch in fitted.history:
         on_epoch(epoch)
     return real(fitted.history[fitted.epoch - 1])

@@ -75,8 +75,8 @@ def cost(
     seconds: dict[str, float],
     original: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Seconds, network evaluations of synthesis and fits, and the share that each is of the original run's: of the old
-    one, or of the `original` that the old one's certificate tells."""
+    """What forgetting cost, absolutely and as a fraction of the first run. After repeated forgetting that is the very
+    first run: the `original` of the old certificate."""
     each, batch = network_evaluations(config.sampler.solver, config.sampler.evaluations), config.synthesis.batch_size
 
     def evaluations(images: Sequence[int]) -> int:
@@ -87,7 +87,7 @@ def cost(
         "seconds": sum(seconds[phase] for phase in OURS if phase in seconds),
         "network_evaluations": evaluations([shard.n for shard in after.shards if shard.file not in kept]),
         "images_drawn": reuse.drawn,
-        "modules_trained": 0,
+        "modules_trained": sum(card not in reuse.modules for card in after.cards),
         "fits": reuse.fits,
     }
     whole = original or {

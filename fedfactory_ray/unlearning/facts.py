@@ -6,15 +6,31 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from fedfactory_ray.cluster.stored import look_all
 from fedfactory_ray.errors import UnlearningError
-from fedfactory_ray.federation.exchange import PLACE
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import ENVIRONMENT, EVALUATION, MANIFEST, METHOD, PRODUCT, SECONDS, WEIGHTS
+from fedfactory_ray.storage.layout import (
+    CARD,
+    CENTRALISED,
+    CONFIG,
+    ENVIRONMENT,
+    EVALUATION,
+    EXPERTS,
+    MANIFEST,
+    METHOD,
+    MODULE_CARD,
+    MODULES,
+    PARTITION,
+    PRODUCT,
+    SECONDS,
+    WEIGHTS,
+    classifier_folder,
+    expert_folder,
+)
 from fedfactory_ray.synthesis.plan import make_units
 from fedfactory_ray.synthesis.shard import Shard, manifest_digest
-from fedfactory_ray.synthesis.synthesize import stored_units
 
 AT_ONCE = 16
 
@@ -38,7 +54,7 @@ class Facts:
     @property
     def cards(self) -> list[ModuleCard]:
         """The modules' cards."""
-        return [ModuleCard(**card) for card in self.modules]
+        return [ModuleCard.from_tree(card) for card in self.modules]
 
     @property
     def shards(self) -> list[Shard]:
@@ -63,30 +79,29 @@ class Facts:
         if self.classifier:
             found["classifier"] = self.classifier["sha256"]
         found |= {f"expert of {client}": expert["sha256"] for client, expert in self.experts.items()}
-        # Of the reference, which unlearning does not make, nobody has predictions to compare.
-        ours = {k: v for k, v in self.predictions.items() if k != "centralised"}
+        # Skip the reference: unlearning does not refit it.
+        ours = {k: v for k, v in self.predictions.items() if k != CENTRALISED}
         return found | {f"predictions, {name}": digest for name, digest in ours.items()}
 
 
 def read_facts(storage: Storage) -> Facts:
     """The facts of a finished run. Raises UnlearningError where it is not finished."""
-    for name in ("config.json", "partition.json", MANIFEST, EVALUATION, ENVIRONMENT):
+    for name in (CONFIG, PARTITION, MANIFEST, EVALUATION, ENVIRONMENT):
         if not storage.exists(name):
             raise UnlearningError(f"{storage.uri} holds no finished run, {name} is missing", "jobs/run.py to its end")
-    cards = [ModuleCard.from_json(storage.read(n)) for n in storage.names("modules") if PLACE.fullmatch(n)]
+    cards = [ModuleCard.from_json(storage.read(n)) for n in storage.names(MODULES) if MODULE_CARD.fullmatch(n)]
     manifest = [Shard(**line) for line in storage.read_json(MANIFEST)]
     evaluation = storage.read_json(EVALUATION)
     # What was evaluated counts: jobs/compare.py may have fitted more in the same folder.
-    experts = [name.split("/")[1] for name in storage.names("experts") if name.endswith("/card.json")]
+    experts = [name.split("/")[1] for name in storage.names(EXPERTS) if name.endswith(f"/{CARD}")]
     experts = sorted(experts) if PRODUCT in evaluation else []
-    classifier = f"classifier/{METHOD}"
     return Facts(
-        partition_sha256=storage.read_json("partition.json")["sha256"],
-        modules=[vars(card) for card in sorted(cards, key=lambda card: card.key)],
+        partition_sha256=storage.read_json(PARTITION)["sha256"],
+        modules=[card.to_tree() for card in sorted(cards, key=lambda card: card.key)],
         manifest=[vars(shard) for shard in manifest],
         rows_sha256=manifest_digest(manifest),
-        classifier=_fitted(storage, classifier) if METHOD in evaluation else None,
-        experts={client: _fitted(storage, f"experts/{client}") for client in experts},
+        classifier=_fitted(storage, classifier_folder(METHOD)) if METHOD in evaluation else None,
+        experts={client: _fitted(storage, expert_folder(client)) for client in experts},
         predictions=evaluation["predictions_sha256"],
         scores={name: scores for name, scores in evaluation.items() if "accuracy" in scores},
         seconds=storage.read_json(SECONDS),
@@ -94,16 +109,17 @@ def read_facts(storage: Storage) -> Facts:
 
 
 def _fitted(storage: Storage, folder: str) -> dict[str, str]:
-    card = storage.read_json(f"{folder}/card.json")
-    return {"fingerprint": card["fingerprint"], "sha256": card["sha256"]}
+    card = storage.read_json(f"{folder}/{CARD}")
+    weights: str = card["sha256"] if "sha256" in card else card["files"][WEIGHTS]  # format 0 had the one file's alone
+    return {"fingerprint": card["fingerprint"], "sha256": weights}
 
 
 def weights(facts: Facts) -> dict[str, str]:
     """SHA-256 of every file of weights, by its name in storage."""
     found = {f"{card.folder}/{WEIGHTS}": card.sha256 for card in facts.cards}
     if facts.classifier:
-        found[f"classifier/{METHOD}/{WEIGHTS}"] = facts.classifier["sha256"]
-    return found | {f"experts/{client}/{WEIGHTS}": expert["sha256"] for client, expert in facts.experts.items()}
+        found[f"{classifier_folder(METHOD)}/{WEIGHTS}"] = facts.classifier["sha256"]
+    return found | {f"{expert_folder(client)}/{WEIGHTS}": e["sha256"] for client, e in facts.experts.items()}
 
 
 def differing_weights(storage: Storage, facts: Facts) -> list[str]:
@@ -121,9 +137,11 @@ def refuse_damaged(config: Config, storage: Storage, facts: Facts) -> None:
     """Raise UnlearningError where files of a run are not what they were when it was finished. Needs Ray."""
     damaged = differing_weights(storage, facts)
     units = make_units(facts.cards, config.synthesis.images_per_class, config.synthesis.unit_size, config.seed)
-    found = stored_units(storage, units)
-    damaged += [shard.file for shard in facts.shards if found.get(shard.file) != shard.rows_sha256]
-    damaged += [unit.file for unit in units if unit.file not in {shard.file for shard in facts.shards}]
+    rows = {shard.file: shard.rows_sha256 for shard in facts.shards}
+    looked = look_all(storage, Shard, {shard.file: shard.fingerprint for shard in facts.shards})
+    found = {file: each.artefact.rows_sha256 for file, each in looked.items() if each.artefact is not None}
+    damaged += [file for file, digest in rows.items() if found.get(file) != digest]
+    damaged += [unit.file for unit in units if unit.file not in rows]
     if damaged:
         raise UnlearningError(
             f"{storage.uri} does not verify: {', '.join(damaged[:5])}" + ", …" * (len(damaged) > 5),

@@ -5,18 +5,21 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import Any
 
 import ray
 from rich.console import Console
 
+from fedfactory_ray.classification.training import fits_in_memory
 from fedfactory_ray.cluster.plan import connect, make_plan
+from fedfactory_ray.data.source import Task
 from fedfactory_ray.errors import UnlearningError
-from fedfactory_ray.pipeline import phases as pipeline
+from fedfactory_ray.pipeline import phases
+from fedfactory_ray.pipeline.listeners import Listeners
 from fedfactory_ray.pipeline.session import claim, open_session, refuse_forgotten
 from fedfactory_ray.settings.config import Config, merge
-from fedfactory_ray.settings.places import WorkerResources
 from fedfactory_ray.storage.files import TEMPORARY, Storage
-from fedfactory_ray.storage.layout import CERTIFICATE, FORGETTING, FORGOTTEN, PENDING
+from fedfactory_ray.storage.layout import CERTIFICATE, CONFIG, ENVIRONMENT, FORGETTING, FORGOTTEN, PENDING
 from fedfactory_ray.tracking import runs as tracking
 from fedfactory_ray.unlearning.certificate import Certificate, audit_lines, cost, note, what_went
 from fedfactory_ray.unlearning.deletion import delete_run, delete_traces, find_traces
@@ -31,10 +34,11 @@ def forget(
     config: Config,
     clients: Sequence[str],
     classes: Sequence[int],
-    successor: str | None,
-    asked_by: str,
-    allow_inexact: bool,
     console: Console,
+    *,
+    asked_by: str,
+    successor: str | None = None,
+    allow_inexact: bool = False,
 ) -> Certificate:
     """Make of the finished run of `config` one without `clients` (or without `classes` of theirs), and delete the old.
 
@@ -54,8 +58,8 @@ def forget(
         if not new.exists(FORGETTING):
             return Certificate.from_json(new.read(CERTIFICATE))
     else:
-        new = _begin(config, old, runs, clients, classes, successor, asked_by, allow_inexact)
-    return _finish(config, old, new, allow_inexact, console)
+        new = _begin(config, old, runs, clients, classes, successor, asked_by, allow_inexact=allow_inexact)
+    return _finish(config, old, new, console, allow_inexact=allow_inexact)
 
 
 def _begin(
@@ -66,12 +70,13 @@ def _begin(
     classes: Sequence[int],
     successor: str | None,
     asked_by: str,
+    *,
     allow_inexact: bool,
 ) -> Storage:
     """Check the request and the old run; note both in the new run's folder, which is returned."""
     refuse_forgotten(old)
     before = read_facts(old)
-    theirs = old.read_json("config.json")
+    theirs = old.read_json(CONFIG)
     claim(config.determining() | {k: v for k, v in theirs.items() if k == "modules"}, old)
     held: dict[str, list[int]] = {}
     for card in before.cards:
@@ -92,12 +97,12 @@ def _begin(
         raise UnlearningError(f"{new.uri} holds another run", "a name that is free, with --name")
     connect()
     refuse_damaged(config, old, before)
-    _doubts(config, before, old.read_json(pipeline.ENVIRONMENT), allow_inexact)
+    _doubts(config, before, old.read_json(ENVIRONMENT), allowed=allow_inexact)
     _traces(config, old, request)
     original = old.read_json(CERTIFICATE)["cost"]["original_run"] if old.exists(CERTIFICATE) else None
     facts = {"request": asdict(request), "before": asdict(before), "original": original}
     old.write_json(PENDING, asdict(request))
-    new.write_json(FORGETTING, facts | {"environment": old.read_json(pipeline.ENVIRONMENT)})
+    new.write_json(FORGETTING, facts | {"environment": old.read_json(ENVIRONMENT)})
     return new
 
 
@@ -116,13 +121,13 @@ def _traces(config: Config, old: Storage, request: Request) -> dict[str, list[st
     return found
 
 
-def _doubts(config: Config, before: Facts, environments: list[dict[str, str]], allowed: bool) -> list[str]:
+def _doubts(config: Config, before: Facts, environments: list[dict[str, str]], *, allowed: bool) -> list[str]:
     """Why the result may not be equal bit for bit: what of hardware and versions is another here, and rows whose order
     is not promised to repeat. Raises UnlearningError for any, unless they are `allowed`."""
     doubts = _differences(config, environments)
-    row = before.cards[0].channels * before.cards[0].resolution ** 2
-    if before.classifier and sum(shard.n for shard in before.shards) * row > config.classifier.in_memory_mb * 2**20:
-        doubts.append(f"a training set above classifier.in_memory_mb={config.classifier.in_memory_mb} is streamed")
+    card, n_images = before.cards[0], sum(shard.n for shard in before.shards)
+    if before.classifier and not fits_in_memory(config, n_images, Task(0, card.channels, card.resolution)):
+        doubts.append(f"a training set above resources.in_memory_mb={config.resources.in_memory_mb} is streamed")
     if doubts and not allowed:
         raise UnlearningError(
             f"run {config.name} cannot be made again here bit for bit: {'; '.join(doubts)}",
@@ -134,7 +139,7 @@ def _doubts(config: Config, before: Facts, environments: list[dict[str, str]], a
 def _differences(config: Config, environments: list[dict[str, str]]) -> list[str]:
     """What of the hardware and versions that made a run is another here."""
     worker = make_plan(config.resources).classifier
-    here = ray.get(_environment.options(num_cpus=worker.num_cpus, num_gpus=worker.num_gpus).remote(worker.resources))
+    here = ray.get(_environment.options(**worker.options).remote(worker.threads))
     return sorted(
         {
             f"{name} {there.get(name)!r}, here {here.get(name)!r}"
@@ -146,36 +151,42 @@ def _differences(config: Config, environments: list[dict[str, str]]) -> list[str
 
 
 @ray.remote
-def _environment(resources: WorkerResources) -> dict[str, str]:
+def _environment(threads: int) -> dict[str, str]:
     from fedfactory_ray.cluster.devices import assigned_device, environment, prepare_process
 
-    return environment(prepare_process(resources, assigned_device(ray.get_gpu_ids())))
+    return environment(prepare_process(threads, assigned_device(ray.get_gpu_ids())))
 
 
-def without(config: Config, request: Request, before: Facts) -> Config:
-    """The config of the new run: that of the old, less whom it forgets; no reference, for that saw their images."""
-    changes = {
+def without(config: Config, request: Request, before: Facts, *, inexact: bool) -> Config:
+    """The config of the new run: that of the old, less whom it forgets; no reference, for that saw their images. Where
+    it is `inexact`, modules that are kept were trained on other hardware: it goes on in their arithmetic."""
+    precisions = {card.precision for card in before.cards}
+    changes: dict[str, Any] = {
         "name": request.successor,
         "architecture": before.architecture,
         "baselines": ["none"],
         "partition": {"exclude": [*config.partition.exclude, *request.exclude]},
     }
+    if inexact and len(precisions) == 1:
+        changes["generator"] = {"precision": precisions.pop()}
     return Config.model_validate(merge(config.model_dump(mode="json"), changes))
 
 
-def _finish(config: Config, old: Storage, new: Storage, allow_inexact: bool, console: Console) -> Certificate:
+def _finish(config: Config, old: Storage, new: Storage, console: Console, *, allow_inexact: bool) -> Certificate:
     """Steps 2 to 6, each of which may have been done before."""
     started = new.read_json(FORGETTING)
     request, before = Request.of(started["request"]), Facts(**started["before"])
     traces = _traces(config, old, request)
-    with open_session(without(config, request, before), console, True, traces["parents"][0]) as session:
-        inexact = _doubts(config, before, started["environment"], allow_inexact)
-        if not new.exists(pipeline.ENVIRONMENT):  # what is kept was made there
-            new.write_json(pipeline.ENVIRONMENT, started["environment"])
-        reuse = plan_reuse(session.config, session.partition, pipeline.make_task(session), before)
+    connect()
+    inexact = _doubts(config, before, started["environment"], allowed=allow_inexact)
+    wanted, parent = without(config, request, before, inexact=bool(inexact)), traces["parents"][0]
+    with open_session(wanted, console, forgetting=True, parent=parent) as session:
+        if not new.exists(ENVIRONMENT):  # what is kept was made there
+            new.write_json(ENVIRONMENT, started["environment"])
+        reuse = plan_reuse(session.config, session.partition, session.info.task, before)
         with session.phase("reuse"):
             copy_files(old, new, [name for name in reuse.files if not new.exists(name)])
-        report = pipeline.run_phases(session)
+        report = phases.run_phases(session, Listeners(console, session.logged))
         if report.missing:
             raise UnlearningError(
                 f"no expert of {', '.join(report.missing)} could be fitted: {next(iter(report.missing.values()))}",
@@ -204,7 +215,7 @@ def _finish(config: Config, old: Storage, new: Storage, allow_inexact: bool, con
             before=before,
             after=after,
             cost=cost(session.config, reuse, before, after, session.worked, started["original"]),
-            environment=new.read_json(pipeline.ENVIRONMENT),
+            environment=new.read_json(ENVIRONMENT),
             mlflow=traces,
         )
         text = certificate.to_json()

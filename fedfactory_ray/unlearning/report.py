@@ -44,8 +44,6 @@ def log_certificate(session: Session, certificate: Certificate) -> None:
 
 def certificate_table(certificate: Certificate) -> Table:
     """What a person wants to know of a fulfilled request."""
-    from fedfactory_ray.unlearning.report import held_recall
-
     request, spent, share = certificate.request, certificate.cost["spent"], certificate.cost["share"]
     method = certificate.after.main_method
     table = Table(title=f"forgotten · {', '.join(request.exclude)}", title_justify="left", show_header=False)

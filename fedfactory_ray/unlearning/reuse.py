@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from fedfactory_ray.classification.training import fit_fingerprint
+from fedfactory_ray.classification.training import fit_fingerprint, fits_in_memory
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import Task
 from fedfactory_ray.federation.expert import assign
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import METHOD, WEIGHTS, expert_folder
+from fedfactory_ray.storage.layout import CARD, METHOD, WEIGHTS, classifier_folder, expert_folder
 from fedfactory_ray.synthesis.plan import make_units
 from fedfactory_ray.synthesis.shard import Shard, manifest_digest
 from fedfactory_ray.unlearning.facts import AT_ONCE, Facts
@@ -35,9 +35,9 @@ class Reuse:
     def files(self) -> list[str]:
         """Names of the files to copy."""
         folders = [card.folder for card in self.modules]
-        folders += [f"classifier/{METHOD}"] * self.classifier + [expert_folder(client) for client in self.experts]
+        folders += [classifier_folder(METHOD)] * self.classifier + [expert_folder(client) for client in self.experts]
         # A card goes last, as always: it says that the weights are there.
-        return [unit.file for unit in self.units] + [f"{f}/{name}" for f in folders for name in (WEIGHTS, "card.json")]
+        return [unit.file for unit in self.units] + [f"{f}/{name}" for f in folders for name in (WEIGHTS, CARD)]
 
 
 def plan_reuse(config: Config, partition: Partition, task: Task, before: Facts) -> Reuse:
@@ -53,10 +53,12 @@ def plan_reuse(config: Config, partition: Partition, task: Task, before: Facts) 
     kept = [shard for _, shard in found if shard is not None]
     new_labels = {unit.label for unit, shard in found if shard is None}
 
-    classifier = not new_labels and _same(before.classifier, fit_fingerprint(config, manifest_digest(kept)))
+    held = fits_in_memory(config, sum(shard.n for shard in kept), task)
+    made_of = fit_fingerprint(config, manifest_digest(kept), held=held)
+    classifier = not new_labels and _same(before.classifier, made_of)
     experts = []
-    for client, share in partition.shares.items():
-        assignment = assign(config, client, share, kept, left, task)
+    for client in partition.clients:
+        assignment = assign(config, client, partition, kept, left, task)
         whole = not new_labels & assignment.needed(config)
         if whole and _same(before.experts.get(client), assignment.fingerprint(config)):
             experts.append(client)
@@ -66,8 +68,8 @@ def plan_reuse(config: Config, partition: Partition, task: Task, before: Facts) 
     return Reuse(left, kept, classifier, experts, sum(unit.n for unit, shard in found if shard is None), fits)
 
 
-def _same(fitted: dict[str, str] | None, fingerprint: str) -> bool:
-    return fitted is not None and fitted["fingerprint"] == fingerprint
+def _same(fitted: dict[str, str] | None, made_of: str) -> bool:
+    return fitted is not None and fitted["fingerprint"] == made_of
 
 
 def copy_files(origin: Storage, target: Storage, names: Sequence[str]) -> None:

@@ -15,21 +15,22 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from fedfactory_ray.errors import UnlearningError
-from fedfactory_ray.pipeline import phases as pipeline
-from fedfactory_ray.pipeline.session import SETTINGS, refuse_forgotten
+from fedfactory_ray.pipeline import phases
+from fedfactory_ray.pipeline.session import refuse_forgotten
 from fedfactory_ray.settings.config import Config, merge
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import (
     AUDIT,
+    CARD,
     CERTIFICATE,
+    CLASSIFIERS,
+    FILES,
     FORGETTING,
-    MANIFEST,
     METHOD,
-    PENDING,
-    PLOT,
-    SECONDS,
-    TABLE,
     WEIGHTS,
+    classifier_folder,
+    expert_folder,
+    lone_classifier,
 )
 from fedfactory_ray.synthesis.plan import Unit, make_units
 from fedfactory_ray.synthesis.shard import verified_digest
@@ -38,12 +39,6 @@ from fedfactory_ray.unlearning.certificate import Certificate, audit_lines
 from fedfactory_ray.unlearning.deletion import LEFT, find_traces, traces_left
 from fedfactory_ray.unlearning.facts import AT_ONCE, Facts, differing_weights, read_facts, weights
 from fedfactory_ray.unlearning.request import Request
-
-KNOWN = {
-    *("config.json", "partition.json", "partition.parquet", TABLE, PLOT),
-    *(MANIFEST, SECONDS, SETTINGS, FORGETTING, PENDING, CERTIFICATE, AUDIT, pipeline.EVALUATION, pipeline.ENVIRONMENT),
-}
-"""Files of a run beside weights, cards and units."""
 
 
 @dataclass(frozen=True)
@@ -66,14 +61,16 @@ def left_in_new(new: Storage, after: Facts, gone: dict[str, list[dict[str, Any]]
     known (a checkpoint, say) counts as left.
     """
     accounted = weights(after)
-    cards = {f"{posixpath.dirname(name)}/card.json" for name in accounted}
+    cards = {f"{posixpath.dirname(name)}/{CARD}" for name in accounted}
     units = {shard.file for shard in after.shards}
     clients = {card.client for card in after.cards}
-    compared = [r"classifier/(?!local-)[^/]+" if after.classifier is None else rf"classifier/(?!local-|{METHOD}/)[^/]+"]
-    compared += [rf"classifier/local-{re.escape(client)}" for client in clients]
-    compared += [f"experts/{re.escape(client)}" for client in clients if client not in after.experts]
-    finished = re.compile(f"({'|'.join(compared)})/({re.escape(WEIGHTS)}|card.json)")
-    known = KNOWN | cards | units | accounted.keys()
+    lone = lone_classifier("")
+    ours = lone if after.classifier is None else f"{lone}|{METHOD}/"
+    compared = [rf"{CLASSIFIERS}/(?!{ours})[^/]+"]
+    compared += [re.escape(classifier_folder(lone_classifier(client))) for client in clients]
+    compared += [re.escape(expert_folder(client)) for client in clients if client not in after.experts]
+    finished = re.compile(f"({'|'.join(compared)})/({re.escape(WEIGHTS)}|{re.escape(CARD)})")
+    known = FILES | cards | units | accounted.keys()
     found = [f"{new.uri}/{name}" for name in new.names("") if name not in known and not finished.fullmatch(name)]
     digests = {entry["sha256"] for kind in ("modules", "weights") for entry in gone[kind]}
     return found + [f"{new.uri}/{name}" for name, digest in accounted.items() if digest in digests]
@@ -110,7 +107,7 @@ def differences(ours: Facts, theirs: Facts) -> list[str]:
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
-def verify(uri: str, config: Config, retrain: bool, console: Console) -> tuple[Certificate, list[Check]]:
+def verify(uri: str, config: Config, console: Console, *, retrain: bool = False) -> tuple[Certificate, list[Check]]:
     """Check the certificate at `uri`, the file in its run's folder. `config` is that run's, as it is stored.
 
     `retrain` makes the run without the client from nothing, in a folder of its own that is deleted again, and compares
@@ -154,7 +151,7 @@ def _retrained(config: Config, certificate: Certificate, new: Storage, console: 
         with tempfile.TemporaryDirectory() as folder:
             places = {"storage": {"uri": scratch.uri}, "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"}}
             changes = places | {"architecture": certificate.after.architecture}
-            pipeline.run(Config.model_validate(merge(config.model_dump(mode="json"), changes)), console)
+            phases.run(Config.model_validate(merge(config.model_dump(mode="json"), changes)), console)
         return read_facts(scratch.within(str(config.name)))
     finally:
         new.parent.delete_folder(scratch.name)

@@ -1,0 +1,1 @@
+"""Measurements: what the system costs here, and what a choice brings."""

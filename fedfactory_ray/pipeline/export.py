@@ -1,0 +1,69 @@
+"""Exporting modules: a client trains them where its images are, and writes them as files that can travel."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from rich.console import Console
+
+from fedfactory_ray.data.readers import open_source
+from fedfactory_ray.data.source import inspect
+from fedfactory_ray.errors import DataInvalidError
+from fedfactory_ray.federation.client import Progress, train_share
+from fedfactory_ray.pipeline.session import claim
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import MODULES
+from fedfactory_ray.tracking.progress import bars
+
+
+def export_modules(
+    config: Config,
+    client: str,
+    out: str,
+    console: Console,
+    *,
+    classes: Sequence[int] | None = None,
+    class_names: list[str] | None = None,
+    device: str | None = None,
+) -> None:
+    """Train the modules of `client`, whose images are `config.data`, into the folder `out`, less those that are there.
+
+    `classes` are those to train, by default all that it holds; `class_names` those of the whole data set, where its
+    images are a folder with only some; `device` is cpu or cuda, by default cuda where there is one. No cluster is
+    needed. Raises FedFactoryError for what the user can mend.
+    """
+    import torch
+
+    from fedfactory_ray.cluster.devices import prepare_process
+
+    source = open_source(config.data, class_names)
+    info, labels = inspect(source, trains=False, tests=False)
+    config.generator.check_resolution(info.resolution)
+    held = [y for y, n in enumerate(info.counts["train"]) if n]
+    chosen = list(classes or held)
+    if not set(chosen) <= set(held):
+        raise DataInvalidError(source.path, f"training images of the classes {held}", f"--classes {chosen} among them")
+    settings = config.determining() | {"labels": hashlib.sha256(labels.tobytes()).hexdigest()}
+    del settings["data"]["source"]  # a path of the client's own
+    storage = Storage(out)
+    claim(settings, storage.within(f"{MODULES}/{client}"))
+    share = {y: np.flatnonzero(labels == y) for y in chosen}
+    kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
+    prepare_process(config.resources.client.threads, where)
+    total = sum(config.generator.steps(len(indices)) for indices in share.values())
+    done: dict[int, int] = {}
+    trained = set()
+    with bars(console, f"training modules of {client}", total, "steps") as shown:
+        for event in train_share(config, source, client, share, where, storage):
+            if isinstance(event, Progress):
+                trained.add(event.label)
+                done[event.label] = event.step
+                shown.update(sum(done.values()), f"class {event.label} loss {event.loss:.3f}")
+            else:
+                card, _, _ = event
+                done[card.label] = card.steps
+    console.print(f"{len(share)} modules, {len(trained)} of them trained now: {storage.uri}/{MODULES}/{client}")

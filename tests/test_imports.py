@@ -1,0 +1,102 @@
+"""The house: imports point one way, no file is in a circle, and the mathematics knows neither Ray nor MLflow."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = "fedfactory_ray"
+FLOORS = [
+    {"jobs", "benchmarks"},
+    {"comparison", "tuning", "unlearning"},
+    {"pipeline"},
+    {"tracking"},
+    {"baselines"},
+    {"federation"},
+    {"classification"},
+    {"synthesis"},
+    {"generation"},
+    {"data", "cluster"},
+    {"settings"},
+    {"storage"},
+    {"errors", "seeds", "schedule"},
+]
+"""Rooms from the top floor down; a room imports from floors below its own."""
+MATHEMATICS = [
+    *("generation.edm", "generation.unet", "generation.samplers", "generation.sampling", "generation.training"),
+    *("classification.augment", "classification.batches", "classification.ensemble", "classification.evaluation"),
+    *("classification.fitting", "classification.models", "synthesis.plan", "data.partition", "data.transforms"),
+    *("baselines.interface", "baselines.fedavg", "baselines.fedprox", "baselines.feddyn", "baselines.scaffold"),
+    *("baselines.learner", "seeds", "schedule"),
+]
+
+
+def name_of(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+FILES = {name_of(file): file for room in (PACKAGE, "jobs", "benchmarks") for file in (ROOT / room).rglob("*.py")}
+
+
+@cache
+def imported(module: str) -> frozenset[str]:
+    """All modules that a file imports, wherever it does and for whatever reason; of ours, the files."""
+    found = set()
+    for node in ast.walk(ast.parse(FILES[module].read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= inner & FILES.keys() or {node.module}
+    return frozenset(found)
+
+
+def room_of(module: str) -> str:
+    return module.removeprefix(f"{PACKAGE}.").partition(".")[0]
+
+
+def floor_of(module: str) -> int:
+    return next(floor for floor, rooms in enumerate(FLOORS) if room_of(module) in rooms)
+
+
+def test_every_import_goes_to_the_same_room_or_down() -> None:
+    wrong = [
+        f"{module} imports {other}"
+        for module in FILES
+        for other in imported(module) & FILES.keys()
+        if room_of(module) != room_of(other) and floor_of(module) >= floor_of(other) and other != PACKAGE
+    ]
+    assert wrong == []
+
+
+def test_no_file_is_in_a_circle() -> None:
+    graph = {module: imported(module) & FILES.keys() for module in FILES}
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(f"a circle: {' → '.join(error.args[1])}")
+
+
+@pytest.mark.parametrize("module", MATHEMATICS)
+def test_the_mathematics_imports_neither_ray_nor_mlflow(module: str) -> None:
+    seen: set[str] = set()
+    left = [f"{PACKAGE}.{module}"]
+    while left:
+        each = left.pop()
+        seen.add(each)
+        left += (imported(each) & FILES.keys()) - seen
+    reached = {name.partition(".")[0] for each in seen for name in imported(each)}
+    assert not reached & {"ray", "mlflow"}
+
+
+def test_the_driver_has_no_torch_before_its_clients_are_at_work() -> None:
+    code = f"import sys, {PACKAGE}.pipeline.phases, {PACKAGE}.federation.round; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert found.stdout.split() == ["False"]
