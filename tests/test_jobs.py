@@ -84,3 +84,20 @@ def test_the_comparison_refuses_what_it_cannot_do_before_anything_starts(tmp_pat
     assert "fedsgd unknown: choose of centralised, local, fedavg" in job.stderr
     assert "Traceback" not in job.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_help_needs_no_name_of_the_user(tmp_path: Path) -> None:
+    """In a container the user may have a number alone."""
+    refuse = "def refuse():\n    raise KeyError('getpwuid(): uid not found')"
+    (tmp_path / "sitecustomize.py").write_text(f"import getpass\n{refuse}\ngetpass.getuser = refuse\n")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    job = [sys.executable, str(RUN.with_name("unlearn.py"))]
+    for arguments in (["--help"], ["forget", "--help"], ["verify", "--help"]):
+        shown = subprocess.run([*job, *arguments], env=environment, capture_output=True, text=True, check=False)
+        assert shown.returncode == 0, shown.stderr
+    assert "forget" in subprocess.run([*job, "--help"], capture_output=True, text=True, check=True).stdout
+    ask = "import sys; sys.path.insert(0, sys.argv[1]); import unlearn; print(unlearn.who())"
+    found = subprocess.run(
+        [sys.executable, "-c", ask, str(RUN.parent)], env=environment, capture_output=True, text=True, check=True
+    )
+    assert found.stdout.strip() == f"uid {os.getuid()}"

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def fit_alone(federation: Federation, listen: Callable[[int], None]) -> list[Alone]:
     """Every client's classifier, under classifier/local-<client>; `listen` is told how many are there.
 
-    Each takes as many optimiser steps as the centralised fit, lest a small client be merely trained for less long.
+    Each takes as many optimiser steps as the centralised fit, so that no client loses by being trained for less long.
     What an earlier start fitted with the same settings is not fitted again.
     """
     config, storage, partition = federation.config, federation.storage, federation.partition

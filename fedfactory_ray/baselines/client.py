@@ -73,7 +73,7 @@ class FederatedClient:
 
     @property
     def learner(self) -> Learner:
-        """The network, on the device that Ray assigned; made at the first use: constructors lose refusals."""
+        """The network, on the device that Ray assigned. Made at the first use: Ray loses what a constructor raises."""
         if self._learner is None:
             device = prepare_process(self.threads, assigned_device(ray.get_gpu_ids()))
             self._learner = Learner(self.config, self.task, device)

@@ -72,7 +72,8 @@ class Group:
 
 
 class BalancedBatches:
-    """Groups held as uint8; an epoch shows of each as many images as it asks for, none twice before all once."""
+    """Groups held as uint8. Each epoch draws `shown` images per group without replacement, starting over when a group
+    runs out."""
 
     def __init__(self, groups: Sequence[Group], batch_size: int, seed: int) -> None:
         self.images = torch.from_numpy(np.concatenate([group.images for group in groups]))

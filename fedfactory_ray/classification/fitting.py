@@ -61,7 +61,7 @@ def _itself(network: nn.Module) -> nn.Module:
 class Fit:
     """One fit: network, optimiser, history and the best weights so far, by validation loss.
 
-    With several workers, each holds a Fit of its own `rank`; `wrap` makes their gradients one.
+    With several workers, each holds a Fit of its own `rank`; `wrap` averages their gradients.
     """
 
     def __init__(

@@ -27,16 +27,20 @@ BATCH_SIZE = 500
 
 @dataclass(frozen=True)
 class TestResult:
-    """Evaluations by classifier and of each lone expert by client, what the product gains on each classifier, SHA-256
-    of all predicted probabilities (float32) by evaluation, for pictures a few test images by class, uint8 (n, H, W, C),
-    and what the predictions were computed with."""
+    """All that is read off the test split, once."""
 
     evaluations: dict[str, Evaluation]
+    """By classifier, and of the experts together."""
     experts: dict[str, Evaluation]
+    """Of each expert alone, by client."""
     differences: dict[str, Difference]
+    """What the product of experts gains on each classifier."""
     digests: dict[str, str]
+    """SHA-256 of all predicted probabilities (float32) by evaluation."""
     examples: dict[int, np.ndarray]
+    """Some test images by class, uint8 (n, H, W, C), for pictures."""
     environment: dict[str, str] = field(default_factory=dict)
+    """Hardware and versions that predicted."""
 
 
 def load_network(config: Config, task: Task, storage: Storage, folder: str) -> torch.nn.Module:

@@ -38,8 +38,8 @@ class Slots:
         """Serve `clients` in this order, as slots come free.
 
         `begin(actor, client)` starts the client's stream; `hear(client, event, stream)` takes each of its events;
-        `fail(client, error, last)` returns True to retry on another actor. It is not asked to after the `last` of
-        `resources.attempts`, nor is a silo that stays away ever retried.
+        `fail(client, error, last)` returns True to retry on another actor. After the `last` of `resources.attempts`
+        nothing is retried; a silo that stays away is never retried.
         """
         waiting, attempts = list(clients), dict.fromkeys(clients, 0)
         running: dict[Any, tuple[str, Any]] = {}

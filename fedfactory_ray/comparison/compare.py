@@ -198,7 +198,7 @@ def run_federated(session: Session, listeners: Listeners, federation: Federation
 
 
 def federated_line(method: str, history: Sequence[Round]) -> MethodLine:
-    """Costs of all rounds, those after the chosen one too: nobody knew that they would not help."""
+    """Costs of all rounds, also of those after the chosen one: they had to be run to know."""
     up, down, seconds = (sum(getattr(r, name) for r in history) for name in ("bytes_up", "bytes_down", "seconds"))
     return MethodLine(method, {}, len(history), up, down, seconds)
 

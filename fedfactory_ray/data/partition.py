@@ -254,7 +254,7 @@ def own_indices(config: Config, source: Source, label: int, places: np.ndarray) 
 
 
 def held_elsewhere(counts: dict[tuple[str, int], int], classes: int) -> Partition:
-    """A partition whose images only their clients know: places among the client's own images of each class."""
+    """A partition of images that only their clients can index: it holds places among a client's own of each class."""
     shares: dict[str, dict[int, np.ndarray]] = {}
     for (client, label), n in sorted(counts.items()):
         shares.setdefault(client, {})[label] = np.arange(n)
@@ -262,6 +262,6 @@ def held_elsewhere(counts: dict[tuple[str, int], int], classes: int) -> Partitio
 
 
 def still_held(partition: Partition, excluded: Sequence[str]) -> list[str]:
-    """Those entries of `partition.exclude` whom the partition still holds: who was forgotten takes images away."""
+    """Entries of `partition.exclude` that the partition holds: a forgotten client may have taken its images away."""
     held = {*partition.clients, *(f"{client}/{label}" for client, label, _ in partition)}
     return [entry for entry in excluded if entry in held]

@@ -33,7 +33,8 @@ SNAPSHOT = "training.safetensors"
 
 @dataclass(frozen=True)
 class Progress:
-    """What a client tells while it trains: scalars. `resumed`: nothing yet, but that it goes on from a checkpoint."""
+    """What a client tells while it trains: scalars. A `resumed` one only tells from which checkpoint it goes on, that
+    after `step`; its loss is NaN."""
 
     client: str
     label: int
@@ -63,7 +64,7 @@ class ClientActor:
 
     @property
     def device(self) -> torch.device:
-        """The device that Ray assigned; found at the first use, for a refusal is lost in a constructor."""
+        """The device that Ray assigned. Found at the first use: Ray loses what a constructor raises."""
         from fedfactory_ray.cluster.devices import assigned_device, prepare_process
 
         if self._device is None:

@@ -17,7 +17,7 @@ from fedfactory_ray.storage.layout import unit_file
 
 @dataclass(frozen=True)
 class Unit:
-    """`n` images of one module. Seed and images do not depend on any other unit, nor a shorter unit's on `n`."""
+    """`n` images of one module. They depend on no other unit; a smaller `n` gives the first of the same images."""
 
     client: str
     label: int
@@ -55,10 +55,10 @@ def quotas(counts: dict[str, int], total: int) -> dict[str, int]:
 
 
 def check_validation(config: Config, partition: Partition) -> None:
-    """Refuse a plan in which no image of a class would validate: every (1 / validation_fraction)-th of those drawn from
-    a client's module does. Raises ConfigError.
+    """Raise ConfigError for a plan in which a class has no image that validates. Of the images drawn from each client's
+    module, every (1 / validation_fraction)-th validates.
 
-    A run that has to forget somebody is never refused: what it was made from was accepted.
+    A run that is made by forgetting is never refused: the run that it is made from was accepted.
     """
     if config.partition.exclude:
         return

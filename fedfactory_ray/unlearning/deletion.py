@@ -1,4 +1,4 @@
-"""Deletion: of the old run a note is left that it had to forget, with its settings, certificate and audit log."""
+"""Deletion of the old run: a note that it had to forget, its settings, certificate and audit log are left."""
 
 from __future__ import annotations
 
@@ -28,9 +28,11 @@ def delete_run(storage: Storage) -> None:
 def find_traces(
     client: MlflowClient, experiment_id: str, folders: Sequence[str], clients: Sequence[str]
 ) -> dict[str, list[str]]:
-    """What MLflow holds of clients, also in runs that were deleted there: the child runs of theirs, with their pictures
-    and modules, and all models that the starts of the runs in `folders` logged. By kind: `parents` (of the first folder
-    first, the newest first; not to be deleted), `runs` and `models` (ids)."""
+    """What MLflow holds of `clients` in the runs whose folders are `folders`, also in those that were deleted there.
+
+    Ids by kind: `runs` are the child runs of these clients, with their pictures and modules; `models` all models of
+    these runs; `parents` the runs themselves, those of the first folder first, the newest first: they stay.
+    """
     from mlflow.entities import ViewType
 
     every, names = ViewType.ALL, {name for each in clients for name in (each, f"expert-{each}")}

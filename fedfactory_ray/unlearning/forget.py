@@ -122,8 +122,8 @@ def _traces(config: Config, old: Storage, request: Request) -> dict[str, list[st
 
 
 def _doubts(config: Config, before: Facts, environments: list[dict[str, str]], *, allowed: bool) -> list[str]:
-    """Why the result may not be equal bit for bit: what of hardware and versions is another here, and rows whose order
-    is not promised to repeat. Raises UnlearningError for any, unless they are `allowed`."""
+    """Why the result may not be equal bit for bit: hardware or versions are not the run's own, or the order of rows is
+    not promised to repeat. Raises UnlearningError for any reason, unless they are `allowed`."""
     doubts = _differences(config, environments)
     card, n_images = before.cards[0], sum(shard.n for shard in before.shards)
     if before.classifier and not fits_in_memory(config, n_images, Task(0, card.channels, card.resolution)):

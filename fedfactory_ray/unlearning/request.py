@@ -15,8 +15,8 @@ LONGEST_NAME = 60
 
 @dataclass(frozen=True)
 class Request:
-    """A request to make of `run` the run `successor`, from which `exclude` is gone: entries of `partition.exclude`
-    that come to the run's own. `asked_at` is UTC, ISO 8601."""
+    """A request to make run `successor` of run `run`, without `exclude`: entries to be added to the run's own
+    `partition.exclude`. `asked_at` is UTC, ISO 8601."""
 
     run: str
     exclude: tuple[str, ...]

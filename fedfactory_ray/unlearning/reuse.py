@@ -43,8 +43,8 @@ class Reuse:
 def plan_reuse(config: Config, partition: Partition, task: Task, before: Facts) -> Reuse:
     """What the run of `config`, in which `partition` is left, may keep of the run with the facts `before`.
 
-    A unit stays if it has as many images as before. A classifier or expert stays only if all that determines it, its
-    fingerprint, can be told before anything is drawn and is what it was: then it saw no row that goes.
+    A unit stays if it has as many images as before. A classifier or expert stays only if its fingerprint can be
+    computed before anything is drawn, and is what it was: then it saw no row that goes.
     """
     left = [card for card in before.cards if card.label in partition.shares.get(card.client, {})]
     units = make_units(left, config.synthesis.images_per_class, config.synthesis.unit_size, config.seed)

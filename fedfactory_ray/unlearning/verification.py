@@ -55,10 +55,10 @@ def left_in_old(old: Storage) -> list[str]:
 
 
 def left_in_new(new: Storage, after: Facts, gone: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """What of the forgotten is left in the new run, by the names of files and the content of weights.
+    """Files of the new run that hold something forgotten, by their names and by the content of weights.
 
-    Every file must be one that the run accounts for, or one that jobs/compare.py may have made of it since: what is not
-    known (a checkpoint, say) counts as left.
+    Every file must be one that the run accounts for, or one that jobs/compare.py may have added since. An unknown one
+    (a checkpoint, say) counts as left.
     """
     accounted = weights(after)
     cards = {f"{posixpath.dirname(name)}/{CARD}" for name in accounted}

@@ -1,0 +1,60 @@
+"""The benchmarks: that they measure the work that they say, and read the runs that they are given."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import choices, cost
+from fedfactory_ray.data.readers import open_source
+from fedfactory_ray.generation import sampling, training
+from fedfactory_ray.settings.config import Config
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def config(stripes: Path) -> Config:
+    return Config.model_validate(
+        {
+            "data": {"source": str(stripes)},
+            "generator": {"channels": [8], "min_steps": 3, "max_steps": 3, "batch_size": 4},
+            "sampler": {"evaluations": 2},
+            "synthesis": {"images_per_class": 20, "batch_size": 10, "unit_size": 10},
+            "classifier": {"epochs": 2, "batch_size": 16},
+        }
+    )
+
+
+def test_bare_loops_train_every_module_and_draw_every_image(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps, drawn = [], []
+    descend, draw = training.Training.descend, sampling.draw_images
+    monkeypatch.setattr(training.Training, "descend", lambda self: steps.append(1) or descend(self))
+    monkeypatch.setattr(sampling, "draw_images", lambda *told: drawn.append(told[2]) or draw(*told))
+    shares = [("a", 0, np.arange(0, 12, 3)), ("b", 1, np.arange(1, 12, 3))]
+    assert cost.bare_modules(config, shares) > 0
+    assert len(steps) == 2 * 3
+    assert cost.bare_drawing(config, (8, 8, 1), [10, 7]) > 0
+    assert drawn == [10, 7]
+    assert cost.bare_fit(config, (8, 8, 1), 3, 60) > 0
+
+
+def test_an_expert_is_fitted_from_a_runs_synthetic_images(undisturbed_folder: Path) -> None:
+    storage, stored = choices.stored_run(argparse.Namespace(run=str(undisturbed_folder / "runs" / "small")))
+    assert stored.generator.min_steps == 40
+    logits = choices.expert_logits(stored, storage.uri, "client-000")
+    labels = open_source(stored.data).labels("val")
+    assert logits.shape == (len(labels), 3)
+    assert (logits.argmax(1).numpy() == labels).mean() > 0.4
+
+
+def test_a_benchmark_of_choices_asks_for_a_run() -> None:
+    command = [sys.executable, "-m", "benchmarks", "samplers"]
+    job = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert job.returncode == 2
+    assert "samplers needs --run" in job.stderr

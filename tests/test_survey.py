@@ -1,0 +1,90 @@
+"""The survey: what every kind of source tells, without the driver opening one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import write_npz
+from PIL import Image
+from small_runs import SOURCES, opens_nothing
+
+from fedfactory_ray.data.readers import open_source
+from fedfactory_ray.pipeline.survey import survey
+from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.artefact import fingerprint
+
+
+def write_folder(path: Path) -> Path:
+    """A folder of images: two classes, two images each."""
+    for split in ("train", "test"):
+        for label in range(2):
+            for i in range(2):
+                file = path / split / f"class-{label}" / f"{i}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                pixels = np.random.RandomState(9 * label + i).randint(0, 256, (8, 8), np.uint8)
+                Image.fromarray(pixels).save(file)
+    return path
+
+
+def natural(folder: Path) -> dict[str, Any]:
+    whole = write_npz(folder / "whole.npz")
+    silos = [{"name": name, "source": str(whole)} for name in ("north", "south")]
+    return {"data": {"source": str(whole)}, "partition": {"scheme": "natural", "silos": silos}}
+
+
+KINDS = {
+    "Digits": lambda folder: {},
+    "ArrayFile": lambda folder: {"data": {"source": str(write_npz(folder / "stripes.npz"))}},
+    "ImageFolder": lambda folder: {
+        "data": {"source": str(write_folder(folder / "pictures"))},
+        "partition": {"min_size": 1},
+    },
+    "natural": natural,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_driver_opens_no_image_of_any_kind_of_source(cluster: None, tmp_path: Path, kind: str) -> None:
+    config = Config.model_validate(KINDS[kind](tmp_path))
+    with pytest.MonkeyPatch.context() as patch:
+        opens_nothing(patch)
+        with pytest.raises(AssertionError, match="the driver opened"):
+            open_source(config.data)
+        info, partition, _ = survey(config)
+    source = open_source(config.data)
+    assert type(source).__name__ in (kind, "ArrayFile")
+    assert info.class_names == source.class_names
+    labels = source.labels("train")
+    for client, label, indices in partition:
+        images = source.images("train", np.flatnonzero(labels == label)[indices] if kind == "natural" else indices)
+        assert partition.images_sha256[client, label] == fingerprint(images)
+
+
+def test_medmnist_is_such_a_file_and_cifar10_is_refused_by_a_worker(
+    cluster: None, real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opens_nothing(monkeypatch)
+    data = {"source": "medmnist:retinamnist", "root": str(real_data), "download": False}
+    _, partition, _ = survey(Config.model_validate({"data": data, "generator": {"channels": [8, 16]}}))
+    assert len(partition.images_sha256) == 5
+    with pytest.raises(Exception, match=r"cifar-10[\s\S]*expected MD5"):
+        survey(Config.model_validate({"data": {"source": "cifar10", "root": str(tmp_path), "download": False}}))
+    assert {kind.__name__ for kind in SOURCES} == {"Digits", "ArrayFile", "ImageFolder", "Cifar10"}
+
+
+def test_pixels_that_were_replaced_in_place_are_noticed(cluster: None, tmp_path: Path) -> None:
+    file = write_npz(tmp_path / "stripes.npz")
+    config = Config.model_validate({"data": {"source": str(file)}})
+    _, before, _ = survey(config)
+    arrays = dict(np.load(file))
+    arrays["train_images"][1] ^= 1  # of class 1
+    np.savez_compressed(file, **arrays)
+    _, after, _ = survey(config)
+    assert after.sha256 == before.sha256
+    changed = {key for key in before.images_sha256 if after.images_sha256[key] != before.images_sha256[key]}
+    assert changed == {("client-001", 1)}
+    assert json.dumps(after.content) != json.dumps(before.content)
