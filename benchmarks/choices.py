@@ -15,17 +15,7 @@ from rich.table import Table
 
 from benchmarks.cost import changed
 from fedfactory_ray.settings.config import Config, upgraded
-from fedfactory_ray.storage.layout import (
-    INDICES,
-    MANIFEST,
-    MODULE_CARD,
-    MODULES,
-    PARTITION,
-    SETTINGS,
-    SYNTHETIC,
-    WEIGHTS,
-    expert_folder,
-)
+from fedfactory_ray.storage import layout
 
 SOLVERS = [("dpmpp", 6), ("dpmpp", 10), ("dpmpp", 20), ("heun", 11), ("heun", 19), ("heun", 35)]
 SHARES = (1.0, 0.25, 0.0)
@@ -36,7 +26,7 @@ def stored_run(options: argparse.Namespace) -> tuple[Any, Config]:
     from fedfactory_ray.storage.files import Storage
 
     storage = Storage(options.run)
-    tree = upgraded(storage.read_json(SETTINGS))
+    tree = upgraded(storage.read_json(layout.SETTINGS))
     threads = {name: {"threads": tree["resources"][name]["threads"]} for name in ("client", "synthesis", "classifier")}
     return storage, Config.model_validate(tree | {"resources": threads})
 
@@ -61,16 +51,16 @@ def expert_logits(config: Config, uri: str, client: str) -> Any:
     storage, source = Storage(uri), open_source(config.data)
     real = source.images("val")
     task = Task(len(source.class_names), real.shape[3], real.shape[1])
-    table = pq.read_table(storage.path(INDICES), filesystem=storage.filesystem)
+    table = pq.read_table(storage.path(layout.INDICES), filesystem=storage.filesystem)
     partition = Partition.from_table(table, task.classes)
-    manifest = [Shard(**line) for line in storage.read_json(MANIFEST)]
+    manifest = [Shard(**line) for line in storage.read_json(layout.MANIFEST)]
     network = make_classifier(config.classifier.model, task, config.classifier.norm)
     with tempfile.TemporaryDirectory() as scratch:
-        os.symlink(storage.path(SYNTHETIC), f"{scratch}/{SYNTHETIC}")
+        os.symlink(storage.path(layout.SYNTHETIC), f"{scratch}/{layout.SYNTHETIC}")
         fitted = Storage(scratch)
         for _ in fit_expert(config, assign(config, client, partition, manifest, [], task), source, fitted, device):
             pass
-        network.load_state_dict(safetensors.torch.load(fitted.read(f"{expert_folder(client)}/{WEIGHTS}")))
+        network.load_state_dict(safetensors.torch.load(fitted.read(f"{layout.expert_folder(client)}/{layout.WEIGHTS}")))
     return predict_logits(network.eval(), real, device)
 
 
@@ -85,7 +75,7 @@ def experts(config: Config, options: argparse.Namespace) -> Table:
     storage, stored = stored_run(options)
     stored = changed(stored, classifier={"epochs": config.classifier.epochs})
     labels = open_source(stored.data).labels("val")
-    clients = storage.read_json(PARTITION)["clients"]
+    clients = storage.read_json(layout.PARTITION)["clients"]
     table = Table("real_share", "lone experts, mean", "mixture", "product [95 %]")
     for share in SHARES:
         chosen = changed(stored, experts={"real_share": share})
@@ -113,7 +103,6 @@ def samplers(config: Config, options: argparse.Namespace) -> Table:
     from fedfactory_ray.cluster.plan import connect, make_plan
     from fedfactory_ray.data.readers import open_source
     from fedfactory_ray.data.source import Task
-    from fedfactory_ray.generation.card import ModuleCard
     from fedfactory_ray.generation.module import load_weights, make_denoiser
     from fedfactory_ray.generation.sampling import draw_images
     from fedfactory_ray.storage.files import Storage
@@ -121,7 +110,7 @@ def samplers(config: Config, options: argparse.Namespace) -> Table:
     from fedfactory_ray.synthesis.shard import to_table
 
     storage, config = stored_run(options)
-    cards = [ModuleCard.from_json(storage.read(n)) for n in storage.names(MODULES) if MODULE_CARD.fullmatch(n)]
+    cards = read_cards(storage)
     units = make_units(cards, options.images, config.synthesis.unit_size, config.seed)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     precision = resolve_precision(config.generator.precision, device)
@@ -136,7 +125,7 @@ def samplers(config: Config, options: argparse.Namespace) -> Table:
         began, tables = time.monotonic(), []
         for card in cards:
             denoiser = make_denoiser(card)
-            load_weights(denoiser, storage.read(f"{card.folder}/{WEIGHTS}"), card)
+            load_weights(denoiser, storage.read(f"{card.folder}/{layout.WEIGHTS}"), card)
             for unit in units:
                 if (unit.client, unit.label) == card.key:
                     size = config.synthesis.batch_size

@@ -32,7 +32,7 @@ class Actor:
 
 
 class Starts:
-    """Takes the place of `cluster.actors.start_actor`, and notes the options that were given."""
+    """Takes the place of `cluster.plan.start_actor`, and notes the options that were given."""
 
     def __init__(self) -> None:
         self.options: list[dict[str, Any]] = []

@@ -15,14 +15,12 @@ import pytest
 import ray
 from small_runs import Finished, copy_job, file_digests, opens_nothing, run_here, small_config
 
-from fedfactory_ray.cluster.actors import start_actor
-from fedfactory_ray.cluster.plan import Worker
+from fedfactory_ray.cluster.plan import Worker, start_actor
 from fedfactory_ray.data.source import Task
 from fedfactory_ray.federation import experts
-from fedfactory_ray.generation.card import ModuleCard, ModuleHandle
+from fedfactory_ray.generation.card import ModuleHandle, read_cards
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import MODULE_CARD, MODULES
 from fedfactory_ray.synthesis.plan import Unit, make_units
 from fedfactory_ray.synthesis.synthesize import Synthesizer
 
@@ -156,7 +154,7 @@ def test_experts_do_not_depend_on_the_number_of_actors_nor_on_the_classifier(
 
 def test_a_client_that_draws_a_unit_itself_gets_the_bytes_of_the_pool(both: Both, tmp_path: Path) -> None:
     config, pool = both.finished.config, Storage(str(both.finished.folder))
-    cards = [ModuleCard.from_json(pool.read(name)) for name in pool.names(MODULES) if MODULE_CARD.fullmatch(name)]
+    cards = read_cards(pool)
     received = {
         card.key: ModuleHandle(card, ray.put(pool.read(f"{card.folder}/model.safetensors")))
         for card in cards

@@ -22,7 +22,7 @@ from fedfactory_ray.pipeline.session import run_name
 from fedfactory_ray.settings.command_line import make_config
 from fedfactory_ray.settings.config import Config, merge
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import MANIFEST, MODULE_CARD, MODULES
+from fedfactory_ray.storage.layout import MANIFEST
 
 
 @pytest.fixture(scope="module")
@@ -167,12 +167,12 @@ def test_bytes_do_not_depend_on_the_number_of_actors(finished: Finished, undistu
 
 
 def test_units_drawn_in_another_order_by_one_process_have_the_same_rows(finished: Finished, tmp_path: Path) -> None:
-    from fedfactory_ray.generation.card import ModuleCard, ModuleHandle
+    from fedfactory_ray.generation.card import ModuleHandle, read_cards
     from fedfactory_ray.synthesis.plan import make_units
     from fedfactory_ray.synthesis.synthesize import Synthesizer
 
     config, storage = finished.config, Storage(str(finished.folder))
-    cards = [ModuleCard.from_json(storage.read(n)) for n in storage.names(MODULES) if MODULE_CARD.fullmatch(n)]
+    cards = read_cards(storage)
     modules = {card.key: ModuleHandle(card) for card in cards}
     actor = Synthesizer(config, 1, storage, modules, target=Storage(str(tmp_path)))
     manifest = {line["file"]: line["rows_sha256"] for line in storage.read_json(MANIFEST)}

@@ -9,8 +9,7 @@ import pytest
 from ray.exceptions import ActorUnschedulableError, RayError
 
 from fedfactory_ray.cluster import absence
-from fedfactory_ray.cluster.actors import start_actor
-from fedfactory_ray.cluster.plan import Worker, placement
+from fedfactory_ray.cluster.plan import Worker, placement, start_actor
 from fedfactory_ray.cluster.slots import Slots, reason
 from fedfactory_ray.errors import ResourcesError
 from fedfactory_ray.pipeline.session import find_refusal

@@ -59,7 +59,19 @@ class MessageBytes:
     extras: int
 
 
-class FederatedClient:
+class Keeper:
+    """An actor that writes and reads the messages of a checkpoint, which so never pass through the driver."""
+
+    def save(self, storage: Storage, file: str, message: bytes) -> str:
+        """Write a message; returns the file's SHA-256."""
+        return storage.write(file, message)
+
+    def load(self, storage: Storage, file: str) -> bytes:
+        """Read a message."""
+        return storage.read(file)
+
+
+class FederatedClient(Keeper):
     """A slot for the clients in `shares` (client → class → indices), with the same resources as a factory's client.
 
     It keeps their images, never their vectors: calls are functions of their arguments, so that Ray may repeat one.
@@ -146,16 +158,8 @@ class FederatedClient:
         keep(storage, alone)
         return alone
 
-    def save_state(self, storage: Storage, file: str, state: bytes) -> str:
-        """Write a client's state to a checkpoint; returns the file's SHA-256."""
-        return storage.write(file, state)
 
-    def load_state(self, storage: Storage, file: str) -> bytes:
-        """Read a client's state from a checkpoint."""
-        return storage.read(file)
-
-
-class Server:
+class Server(Keeper):
     """Aggregates. Its vectors lie in the object store between calls, which are functions of their arguments."""
 
     def __init__(self, config: Config, task: Task) -> None:
@@ -182,14 +186,6 @@ class Server:
         kept = pack({k: v for k, v in server.items() if k not in self.first})
         extras = pack(method.extras(server))
         return MessageBytes(len(model), len(extras)), model, extras, kept
-
-    def save(self, storage: Storage, files: list[str], *messages: bytes) -> list[str]:
-        """Write messages to a checkpoint; returns the files' SHA-256."""
-        return [storage.write(file, message) for file, message in zip(files, messages, strict=True)]
-
-    def load(self, storage: Storage, files: list[str]) -> tuple[bytes, ...]:
-        """Read messages from a checkpoint."""
-        return tuple(storage.read(file) for file in files)
 
     def export(self, storage: Storage, file: str, model: bytes) -> str:
         """Write a model as a classifier's weights (state dict, safetensors); returns its SHA-256."""

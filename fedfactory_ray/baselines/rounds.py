@@ -16,8 +16,7 @@ from fedfactory_ray.baselines.interface import Method
 from fedfactory_ray.baselines.learner import Judgement, held_back
 from fedfactory_ray.baselines.methods import determining
 from fedfactory_ray.cluster.absence import Absence
-from fedfactory_ray.cluster.actors import start_actor
-from fedfactory_ray.cluster.plan import Worker, place, placement
+from fedfactory_ray.cluster.plan import Worker, place, placement, start_actor
 from fedfactory_ray.cluster.stored import find_all
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import Task
@@ -264,18 +263,16 @@ class Federation:
 
     def _save(self, checkpoints: Checkpoints, state: _State) -> None:
         """Write a checkpoint: messages and the clients' vectors where they are, what names them here."""
-        number = len(state.history)
-        names = [f"{name}.safetensors" for name in MESSAGES]
-        messages = (state.model, state.extras, state.kept, state.best)
-        saved = self.server.save.remote(self.storage, [checkpoints.file(number, name) for name in names], *messages)
-        written = {
-            self.slot[client].save_state.remote(self.storage, checkpoints.file(number, _file(client)), vectors): client
-            for client, vectors in state.clients.items()
+        number, messages = len(state.history), (state.model, state.extras, state.kept, state.best)
+        kept = [(f"{name}.safetensors", "", self.server, m) for name, m in zip(MESSAGES, messages, strict=True)]
+        kept += [(_file(client), client, self.slot[client], vectors) for client, vectors in state.clients.items()]
+        asked = {
+            actor.save.remote(self.storage, checkpoints.file(number, file), message): (file, client)
+            for file, client, actor, message in kept
         }
-        for _ in self.replies(written):
+        for _ in self.replies({reply: client for reply, (_, client) in asked.items()}):
             pass
-        digests = dict(zip(names, ray.get(saved), strict=True))
-        digests |= {_file(client): ray.get(reply) for reply, client in written.items()}
+        digests = {file: ray.get(reply) for reply, (file, _) in asked.items()}
         checkpoints.seal(
             number,
             digests,
@@ -292,12 +289,12 @@ class Federation:
         if newest is None:
             return None
         log.info("the rounds go on from round %d of %d", newest.step, self.config.federated.rounds)
-        files = [checkpoints.file(newest.step, f"{name}.safetensors") for name in MESSAGES]
-        model, extras, kept, best = self.server.load.options(num_returns=len(MESSAGES)).remote(self.storage, files)
-        clients = {
-            client: self.slot[client].load_state.remote(self.storage, checkpoints.file(newest.step, _file(client)))
-            for client in newest.state["clients"]
-        }
+
+        def load(actor: Any, file: str) -> Any:
+            return actor.load.remote(self.storage, checkpoints.file(newest.step, file))
+
+        model, extras, kept, best = (load(self.server, f"{name}.safetensors") for name in MESSAGES)
+        clients = {client: load(self.slot[client], _file(client)) for client in newest.state["clients"]}
         history = [Round(**line) for line in newest.state["history"]]
         sizes = MessageBytes(**newest.state["sizes"])
         return _State(model, extras, kept, best, sizes, newest.state["chosen"], clients, history)

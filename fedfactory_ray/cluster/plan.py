@@ -154,3 +154,8 @@ def refuse_unknown_places(silos: Sequence[SiloConfig], nodes: list[dict[str, Any
                 f"a node that may read the silo of client {silo.name!r}",
                 "ray start --labels or --resources on that node, or another entry in partition.silos",
             )
+
+
+def start_actor(kind: type, *arguments: Any, **options: Any) -> Any:
+    """An actor of the plain class `kind`, made with `arguments`; `options` are Ray's."""
+    return ray.remote(kind).options(**options).remote(*arguments)

@@ -29,14 +29,14 @@ from fedfactory_ray.comparison.report import (
 )
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.pipeline import phases
-from fedfactory_ray.pipeline.listeners import Listeners
+from fedfactory_ray.pipeline.listeners import FederatedListener, Listeners
 from fedfactory_ray.pipeline.report import partition_table
 from fedfactory_ray.pipeline.results import expert_bytes, uploaded_bytes
 from fedfactory_ray.pipeline.session import Session, open_session
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.layout import CENTRALISED, LOCAL, PLOT, PRODUCT, TABLE, WEIGHTS, lone_classifier
 from fedfactory_ray.tracking import runs as tracking
-from fedfactory_ray.tracking.progress import bars
+from fedfactory_ray.tracking.progress import Bars
 from fedfactory_ray.tracking.runs import Run
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ def run_local(session: Session, federation: Federation, folders: dict[str, str])
     from fedfactory_ray.baselines.alone import fit_alone
 
     total = len(session.partition.clients)
-    with session.phase("local"), bars(session.console, "fitting each client alone", total, "clients") as shown:
+    with session.phase("local"), Bars(session.console, "fitting each client alone", total, "clients") as shown:
         fitted = fit_alone(federation, shown.update)
         shown.update(total)
     names = {lone_classifier(alone.client): alone.folder for alone in fitted}
@@ -191,7 +191,7 @@ def run_federated(session: Session, listeners: Listeners, federation: Federation
     from fedfactory_ray.baselines.methods import METHODS
 
     config = session.config.federated
-    with session.phase(method), listeners.federated(method, run, config.rounds) as listen:
+    with session.phase(method), FederatedListener(listeners, method, run, config.rounds) as listen:
         finished = federation.run(method, METHODS[method](config), listen)
     listen.finish(finished)
     return finished

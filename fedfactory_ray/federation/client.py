@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from fedfactory_ray.cluster.actors import start_actor
-from fedfactory_ray.cluster.plan import Worker, placement
+from fedfactory_ray.cluster.plan import Worker, placement, start_actor
 from fedfactory_ray.data.partition import own_indices
 from fedfactory_ray.generation.card import ModuleCard, module_fingerprint
 from fedfactory_ray.seeds import derive_seed

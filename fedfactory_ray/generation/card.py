@@ -7,7 +7,8 @@ from typing import Any, ClassVar
 
 from fedfactory_ray.settings.sections import GeneratorConfig
 from fedfactory_ray.storage.artefact import Artefact, fingerprint
-from fedfactory_ray.storage.layout import module_folder
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import MODULE_CARD, MODULES, module_folder
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,12 @@ class ModuleCard(Artefact):
     def upload_bytes(self) -> int:
         """Bytes on the wire: weights and card."""
         return self.size + len(self.to_json())
+
+
+def read_cards(storage: Storage) -> list[ModuleCard]:
+    """The cards of all modules in a run's storage, by client and class. Raises CardError."""
+    cards = [ModuleCard.from_json(storage.read(name)) for name in storage.names(MODULES) if MODULE_CARD.fullmatch(name)]
+    return sorted(cards, key=lambda card: card.key)
 
 
 def module_fingerprint(

@@ -16,7 +16,7 @@ from fedfactory_ray.pipeline.session import claim
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import MODULES
-from fedfactory_ray.tracking.progress import bars
+from fedfactory_ray.tracking.progress import Bars
 
 
 def export_modules(
@@ -57,7 +57,7 @@ def export_modules(
     total = sum(config.generator.steps(len(indices)) for indices in share.values())
     done: dict[int, int] = {}
     trained = set()
-    with bars(console, f"training modules of {client}", total, "steps") as shown:
+    with Bars(console, f"training modules of {client}", total, "steps") as shown:
         for event in train_share(config, source, client, share, where, storage):
             if isinstance(event, Progress):
                 trained.add(event.label)

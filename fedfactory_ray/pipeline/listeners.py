@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from rich.console import Console
@@ -13,7 +11,7 @@ from rich.console import Console
 from fedfactory_ray.federation.client import Progress, Upload
 from fedfactory_ray.synthesis.shard import Shard
 from fedfactory_ray.synthesis.synthesize import UnitDrawn
-from fedfactory_ray.tracking.progress import Bars, bars
+from fedfactory_ray.tracking.progress import Bars
 from fedfactory_ray.tracking.runs import ClientRun, Curves, Run
 
 if TYPE_CHECKING:
@@ -25,7 +23,8 @@ if TYPE_CHECKING:
 
 
 class Listeners:
-    """Makes the listener of each phase of a run; the clients' MLflow runs, which outlast their phase, are kept here."""
+    """What the listeners of a run's phases share: where to print and log, and the clients' MLflow runs, which outlast
+    their phase."""
 
     def __init__(self, console: Console, logged: Future[Run]) -> None:
         self.console, self.logged = console, logged
@@ -40,69 +39,39 @@ class Listeners:
         for client in self.clients.values():
             client.run.end()
 
-    @contextmanager
-    def modules(self, steps: int) -> Iterator[ModulesListener]:
-        """For a round of so many optimiser steps in all."""
-        with bars(self.console, "training modules", steps, "steps") as shown:
-            yield ModulesListener(self, shown)
-            shown.update(steps)
 
-    @contextmanager
-    def synthesis(self, n_images: int) -> Iterator[SynthesisListener]:
-        """For the drawing of so many images."""
-        with bars(self.console, "drawing images", n_images, "images") as shown:
-            yield SynthesisListener(self.logged, shown)
+class ModulesListener(Bars):
+    """Hears clients take optimiser steps, so many in all: a bar a module, a curve in each client's run."""
 
-    @contextmanager
-    def classifier(self, method: str, epochs: int) -> Iterator[ClassifierListener]:
-        """For the fit of a method's classifier."""
-        with bars(self.console, f"fitting {method}", epochs, "epochs") as shown:
-            yield ClassifierListener(self.logged.result().child(f"classifier-{method}"), shown)
-
-    @contextmanager
-    def experts(self, clients: int, epochs: int) -> Iterator[ExpertsListener]:
-        """For the fits of so many clients' experts."""
-        with bars(self.console, "fitting experts", clients * epochs, "epochs") as shown:
-            yield ExpertsListener(self, shown, epochs)
-
-    @contextmanager
-    def federated(self, method: str, run: Run, rounds: int) -> Iterator[FederatedListener]:
-        """For a federated method, which has an MLflow run already."""
-        with bars(self.console, method, rounds, "rounds") as shown:
-            yield FederatedListener(run, shown)
-
-
-class ModulesListener:
-    """Hears clients train: a bar a module, a curve in each client's run."""
-
-    def __init__(self, listeners: Listeners, shown: Bars) -> None:
-        self.listeners, self.shown = listeners, shown
+    def __init__(self, listeners: Listeners, steps: int) -> None:
+        super().__init__(listeners.console, "training modules", steps, "steps")
+        self.client = listeners.client
         self.done: dict[tuple[str, int], int] = {}
 
     def __call__(self, event: Progress | Upload) -> None:
         """Take a client's event."""
         if isinstance(event, Upload):
-            self.listeners.client(event.card.client).upload(event)
+            self.client(event.card.client).upload(event)
             return
-        self.listeners.client(event.client).progress(event)
+        self.client(event.client).progress(event)
         self.done[event.client, event.label] = event.step
-        name = f"{event.client} class {event.label}"
-        self.shown.part(name, event.step, event.steps, f"loss {event.loss:.3f}")
-        self.shown.update(sum(self.done.values()))
+        self.part(f"{event.client} class {event.label}", event.step, event.steps, f"loss {event.loss:.3f}")
+        self.update(sum(self.done.values()))
 
 
-class SynthesisListener:
-    """Hears units being drawn, and counts them by node and GPU."""
+class SynthesisListener(Bars):
+    """Hears so many images being drawn, and counts units by node and GPU."""
 
-    def __init__(self, logged: Future[Run], shown: Bars) -> None:
-        self.logged, self.shown = logged, shown
+    def __init__(self, listeners: Listeners, n_images: int) -> None:
+        super().__init__(listeners.console, "drawing images", n_images, "images")
+        self.logged = listeners.logged
         self.places: Counter[str] = Counter()
 
     def __call__(self, drawn: UnitDrawn) -> None:
         """Take a unit."""
         if drawn.node is not None:
             self.places[" ".join([drawn.node, *(f"gpu {gpu}" for gpu in drawn.gpus)])] += 1
-        self.shown.update(drawn.n_images)
+        self.update(drawn.n_images)
 
     def finish(self, manifest: list[Shard], seconds: float) -> None:
         """Log the manifest, and where and how fast it was drawn."""
@@ -113,15 +82,17 @@ class SynthesisListener:
         run.end()
 
 
-class ClassifierListener:
-    """Hears a fit's epochs."""
+class ClassifierListener(Bars):
+    """Hears the epochs of a method's fit."""
 
-    def __init__(self, run: Run, shown: Bars) -> None:
-        self.run, self.curves, self.shown = run, Curves(run), shown
+    def __init__(self, listeners: Listeners, method: str, epochs: int) -> None:
+        super().__init__(listeners.console, f"fitting {method}", epochs, "epochs")
+        self.run = listeners.logged.result().child(f"classifier-{method}")
+        self.curves = Curves(self.run, "epoch")
 
     def __call__(self, epoch: Epoch) -> None:
         """Take an epoch."""
-        self.shown.update(epoch.epoch, f"validation accuracy {epoch.validation_accuracy:.3f}")
+        self.update(epoch.epoch, f"validation accuracy {epoch.validation_accuracy:.3f}")
         self.curves.add(epoch)
 
     def finish(self, classifier: Classifier, n_images: int) -> None:
@@ -132,11 +103,12 @@ class ClassifierListener:
         self.run.end()
 
 
-class ExpertsListener:
-    """Hears clients fit their experts: a run with curves for each."""
+class ExpertsListener(Bars):
+    """Hears so many clients fit their experts: a run with curves for each."""
 
-    def __init__(self, listeners: Listeners, shown: Bars, epochs: int) -> None:
-        self.console, self.logged, self.shown, self.epochs = listeners.console, listeners.logged, shown, epochs
+    def __init__(self, listeners: Listeners, clients: int, epochs: int) -> None:
+        super().__init__(listeners.console, "fitting experts", clients * epochs, "epochs")
+        self.logged, self.epochs = listeners.logged, epochs
         self.curves: dict[str, Curves] = {}
         self.done: dict[str, int] = {}
 
@@ -145,7 +117,7 @@ class ExpertsListener:
         from fedfactory_ray.federation.expert import Expert
 
         if client not in self.curves:
-            self.curves[client] = Curves(self.logged.result().child(f"expert-{client}"))
+            self.curves[client] = Curves(self.logged.result().child(f"expert-{client}"), "epoch")
         curves = self.curves[client]
         if isinstance(event, Expert):
             curves.rest(event.history)
@@ -157,9 +129,8 @@ class ExpertsListener:
         else:
             curves.add(event)
             self.done[client] = event.epoch
-            note = f"accuracy {event.validation_accuracy:.3f}"
-            self.shown.part(f"expert of {client}", event.epoch, self.epochs, note)
-        self.shown.update(sum(self.done.values()))
+            self.part(f"expert of {client}", event.epoch, self.epochs, f"accuracy {event.validation_accuracy:.3f}")
+        self.update(sum(self.done.values()))
 
     def finish(self, experts: Experts) -> None:
         """Name those that are missing."""
@@ -170,28 +141,21 @@ class ExpertsListener:
                 self.curves[client].run.end("FAILED")
 
 
-class FederatedListener:
-    """Hears a federated method's rounds."""
+class FederatedListener(Bars):
+    """Hears the rounds of a federated method, at most so many; the method has an MLflow run already."""
 
-    def __init__(self, run: Run, shown: Bars) -> None:
-        self.run, self.shown = run, shown
-        self.logged: set[int] = set()
+    def __init__(self, listeners: Listeners, method: str, run: Run, rounds: int) -> None:
+        super().__init__(listeners.console, method, rounds, "rounds")
+        self.run, self.curves = run, Curves(run, "round")
 
     def __call__(self, done: Round) -> None:
         """Take a round."""
-        self.shown.update(done.round, f"validation accuracy {done.validation_accuracy:.3f}")
-        self._log(done)
+        self.update(done.round, f"validation accuracy {done.validation_accuracy:.3f}")
+        self.curves.add(done)
 
     def finish(self, method: Federated) -> None:
         """Log what came of it, and the rounds of earlier starts."""
-        for done in method.history:
-            if done.round not in self.logged:
-                self._log(done)
+        self.curves.rest(method.history)
         self.run.flush()
         self.run.metrics({"chosen_round": method.chosen})
         self.run.tag("sha256", method.sha256)
-
-    def _log(self, done: Round) -> None:
-        self.logged.add(done.round)
-        points: Mapping[str, float] = vars(done)
-        self.run.grow((name, done.round, value) for name, value in points.items() if name != "round")

@@ -12,7 +12,13 @@ import ray
 from rich.console import Console
 
 from fedfactory_ray.generation.card import ModuleHandle, Modules
-from fedfactory_ray.pipeline.listeners import Listeners
+from fedfactory_ray.pipeline.listeners import (
+    ClassifierListener,
+    ExpertsListener,
+    Listeners,
+    ModulesListener,
+    SynthesisListener,
+)
 from fedfactory_ray.pipeline.report import Report, partition_table
 from fedfactory_ray.pipeline.results import Results, log_results, make_report
 from fedfactory_ray.pipeline.session import Session, open_session
@@ -66,8 +72,10 @@ def train_modules(session: Session, listeners: Listeners) -> Modules:
     if config.modules is not None:
         return {card.key: ModuleHandle(card) for card in session.cards}
     steps = sum(config.generator.steps(len(indices)) for _, _, indices in partition)
-    with session.phase("modules"), listeners.modules(steps) as listen:
-        return run_round(config, partition, session.plan.client, session.storage, listen)
+    with session.phase("modules"), ModulesListener(listeners, steps) as listen:
+        modules = run_round(config, partition, session.plan.client, session.storage, listen)
+        listen.update(steps)
+    return modules
 
 
 def draw_images(session: Session, listeners: Listeners, modules: Modules) -> list[Shard]:
@@ -75,7 +83,7 @@ def draw_images(session: Session, listeners: Listeners, modules: Modules) -> lis
     from fedfactory_ray.synthesis.synthesize import synthesize
 
     n_images = session.config.synthesis.images_per_class * len({label for _, label in modules})
-    with session.phase("synthesis"), listeners.synthesis(n_images) as listen:
+    with session.phase("synthesis"), SynthesisListener(listeners, n_images) as listen:
         manifest = synthesize(session.config, modules, session.plan.synthesis, session.storage, listen)
     listen.finish(manifest, session.seconds["synthesis"])
     return manifest
@@ -93,7 +101,8 @@ def fit_classifier(session: Session, listeners: Listeners, method: str, config: 
     """A method's classifier is fitted by the recipe of `config`, the session's or one made of it."""
     from fedfactory_ray.classification.training import fit
 
-    with session.phase(f"classifier ({method})"), listeners.classifier(method, config.classifier.epochs) as listen:
+    epochs = config.classifier.epochs
+    with session.phase(f"classifier ({method})"), ClassifierListener(listeners, method, epochs) as listen:
         classifier = fit(config, rows, session.info.task, session.plan.classifier, session.storage, method, listen)
     listen.finish(classifier, rows.n_images)
     return classifier
@@ -116,7 +125,8 @@ def fit_experts(session: Session, listeners: Listeners, modules: Modules, manife
     config, partition, task = session.config, session.partition, session.info.task
     cards = [handle.card for handle in modules.values()]
     assignments = [assign(config, client, partition, manifest, cards, task) for client in partition.clients]
-    with session.phase("experts"), listeners.experts(len(assignments), config.classifier.epochs) as listen:
+    epochs = config.classifier.epochs
+    with session.phase("experts"), ExpertsListener(listeners, len(assignments), epochs) as listen:
         experts = collect_experts(config, assignments, session.plan.client, session.storage, listen)
     listen.finish(experts)
     return experts

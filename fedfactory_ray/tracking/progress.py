@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -14,7 +15,8 @@ LINE_SECONDS = 15.0
 
 
 class Bars:
-    """The bars of one phase: one for the whole and, on a terminal, one for each part that is at work."""
+    """The bars of one phase of `total` units of work, which show while the block runs: one for the whole and, on a
+    terminal, one for each part that is at work."""
 
     def __init__(self, console: Console, title: str, total: int, unit: str) -> None:
         self.console, self.title, self.total, self.unit = console, title, total, unit
@@ -30,6 +32,15 @@ class Bars:
             disable=not console.is_terminal,
         )
         self.whole = self.progress.add_task(f"{title} ({unit})", total=total, note="")
+
+    def __enter__(self) -> Self:
+        if not self.console.is_terminal:
+            self.console.print(f"{self.title} ({self.total} {self.unit})", highlight=False)
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
 
     def update(self, done: int, note: str = "") -> None:
         """Set how much of the phase is done; elsewhere than on a terminal, print it when the last line is old."""
@@ -71,13 +82,3 @@ def log_lines(console: Console) -> Iterator[None]:
         yield
     finally:
         logger.removeHandler(lines)
-
-
-@contextmanager
-def bars(console: Console, title: str, total: int, unit: str) -> Iterator[Bars]:
-    """Show a phase of `total` units of work while the block runs, and its seconds at the end."""
-    shown = Bars(console, title, total, unit)
-    if not console.is_terminal:
-        console.print(f"{title} ({total} {unit})", highlight=False)
-    with shown.progress:
-        yield shown

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from torch import nn
 
-    from fedfactory_ray.classification.fitting import Epoch
 
 SQLITE = "sqlite:///"
 BATCH = 900  # MLflow takes 1000 metrics a call
@@ -199,23 +198,25 @@ class ClientRun:
 
 
 class Curves:
-    """The curves of one fit in its MLflow run: each epoch once, as it comes or, of an earlier start, afterwards."""
+    """The curves of one fit or method in its MLflow run. Each step is logged once, as it comes; those of an earlier
+    start afterwards. The field `step` of a record (`epoch`, `round`) numbers it, the other fields are its figures."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, step: str) -> None:
+        self.run, self.step = run, step
         self.logged: set[int] = set()
 
-    def add(self, epoch: Epoch) -> None:
-        """Log an epoch's figures, unless an attempt that broke off told them already."""
-        if epoch.epoch not in self.logged:
-            self.logged.add(epoch.epoch)
-            figures = {k: v for k, v in vars(epoch).items() if k not in ("epoch", "epochs") and v is not None}
-            self.run.grow((name, epoch.epoch, value) for name, value in figures.items())
+    def add(self, done: Any) -> None:
+        """Log a step's figures, unless an attempt that broke off told them already."""
+        number = getattr(done, self.step)
+        if number not in self.logged:
+            self.logged.add(number)
+            figures = {k: v for k, v in vars(done).items() if k not in (self.step, f"{self.step}s") and v is not None}
+            self.run.grow((name, number, value) for name, value in figures.items())
 
-    def rest(self, history: Iterable[Epoch]) -> None:
-        """Log the epochs of a fit's history that are not logged yet."""
-        for epoch in history:
-            self.add(epoch)
+    def rest(self, history: Iterable[Any]) -> None:
+        """Log the steps of a history that are not logged yet."""
+        for done in history:
+            self.add(done)
 
 
 FOLDER = "fedfactory.folder"

@@ -26,7 +26,7 @@ from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import BEST, CENTRALISED, METHOD, TRIAL, TUNE
 from fedfactory_ray.synthesis.plan import check_validation
-from fedfactory_ray.tracking.progress import Bars, bars
+from fedfactory_ray.tracking.progress import Bars
 from fedfactory_ray.tracking.runs import Run
 from fedfactory_ray.tuning.drawn import make_drawn, settings_of_images, short
 from fedfactory_ray.tuning.record import Record, TrialStep, read_record
@@ -129,7 +129,7 @@ def run_study(
         todo = [index for index, record in enumerate(records) if not record.finished]
         jobs = make_jobs(session, method, worker, made, storages, todo)
         unit = "rounds" if method in METHODS else "epochs"
-        with bars(console, f"tuning {method}", len(made), "trials") as shown:
+        with Bars(console, f"tuning {method}", len(made), "trials") as shown:
             watch = Watch(session, unit, storages, records, shown)
             steps = max(_steps(method, trial.config, session.partition) for trial in made)
             run_trials(session, watch, jobs, steps, concurrent)

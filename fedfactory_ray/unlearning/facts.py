@@ -8,27 +8,10 @@ from typing import Any
 
 from fedfactory_ray.cluster.stored import look_all
 from fedfactory_ray.errors import UnlearningError
-from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.generation.card import ModuleCard, read_cards
 from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage import layout
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import (
-    CARD,
-    CENTRALISED,
-    CONFIG,
-    ENVIRONMENT,
-    EVALUATION,
-    EXPERTS,
-    MANIFEST,
-    METHOD,
-    MODULE_CARD,
-    MODULES,
-    PARTITION,
-    PRODUCT,
-    SECONDS,
-    WEIGHTS,
-    classifier_folder,
-    expert_folder,
-)
 from fedfactory_ray.synthesis.plan import make_units
 from fedfactory_ray.synthesis.shard import Shard, manifest_digest
 
@@ -64,7 +47,7 @@ class Facts:
     @property
     def main_method(self) -> str:
         """The method that the run is about, among its evaluations."""
-        return METHOD if METHOD in self.scores else PRODUCT
+        return layout.METHOD if layout.METHOD in self.scores else layout.PRODUCT
 
     @property
     def architecture(self) -> str:
@@ -80,46 +63,49 @@ class Facts:
             found["classifier"] = self.classifier["sha256"]
         found |= {f"expert of {client}": expert["sha256"] for client, expert in self.experts.items()}
         # Skip the reference: unlearning does not refit it.
-        ours = {k: v for k, v in self.predictions.items() if k != CENTRALISED}
+        ours = {k: v for k, v in self.predictions.items() if k != layout.CENTRALISED}
         return found | {f"predictions, {name}": digest for name, digest in ours.items()}
 
 
 def read_facts(storage: Storage) -> Facts:
     """The facts of a finished run. Raises UnlearningError where it is not finished."""
-    for name in (CONFIG, PARTITION, MANIFEST, EVALUATION, ENVIRONMENT):
+    for name in (layout.CONFIG, layout.PARTITION, layout.MANIFEST, layout.EVALUATION, layout.ENVIRONMENT):
         if not storage.exists(name):
             raise UnlearningError(f"{storage.uri} holds no finished run, {name} is missing", "jobs/run.py to its end")
-    cards = [ModuleCard.from_json(storage.read(n)) for n in storage.names(MODULES) if MODULE_CARD.fullmatch(n)]
-    manifest = [Shard(**line) for line in storage.read_json(MANIFEST)]
-    evaluation = storage.read_json(EVALUATION)
+    manifest = [Shard(**line) for line in storage.read_json(layout.MANIFEST)]
+    evaluation = storage.read_json(layout.EVALUATION)
     # What was evaluated counts: jobs/compare.py may have fitted more in the same folder.
-    experts = [name.split("/")[1] for name in storage.names(EXPERTS) if name.endswith(f"/{CARD}")]
-    experts = sorted(experts) if PRODUCT in evaluation else []
+    experts = [name.split("/")[1] for name in storage.names(layout.EXPERTS) if name.endswith(f"/{layout.CARD}")]
+    experts = sorted(experts) if layout.PRODUCT in evaluation else []
     return Facts(
-        partition_sha256=storage.read_json(PARTITION)["sha256"],
-        modules=[card.to_tree() for card in sorted(cards, key=lambda card: card.key)],
+        partition_sha256=storage.read_json(layout.PARTITION)["sha256"],
+        modules=[card.to_tree() for card in read_cards(storage)],
         manifest=[vars(shard) for shard in manifest],
         rows_sha256=manifest_digest(manifest),
-        classifier=_fitted(storage, classifier_folder(METHOD)) if METHOD in evaluation else None,
-        experts={client: _fitted(storage, expert_folder(client)) for client in experts},
+        classifier=_fitted(storage, layout.classifier_folder(layout.METHOD)) if layout.METHOD in evaluation else None,
+        experts={client: _fitted(storage, layout.expert_folder(client)) for client in experts},
         predictions=evaluation["predictions_sha256"],
         scores={name: scores for name, scores in evaluation.items() if "accuracy" in scores},
-        seconds=storage.read_json(SECONDS),
+        seconds=storage.read_json(layout.SECONDS),
     )
 
 
 def _fitted(storage: Storage, folder: str) -> dict[str, str]:
-    card = storage.read_json(f"{folder}/{CARD}")
-    weights: str = card["sha256"] if "sha256" in card else card["files"][WEIGHTS]  # format 0 had the one file's alone
+    card = storage.read_json(f"{folder}/{layout.CARD}")
+    weights: str = (
+        card["sha256"] if "sha256" in card else card["files"][layout.WEIGHTS]
+    )  # format 0 had the one file's alone
     return {"fingerprint": card["fingerprint"], "sha256": weights}
 
 
 def weights(facts: Facts) -> dict[str, str]:
     """SHA-256 of every file of weights, by its name in storage."""
-    found = {f"{card.folder}/{WEIGHTS}": card.sha256 for card in facts.cards}
+    found = {f"{card.folder}/{layout.WEIGHTS}": card.sha256 for card in facts.cards}
     if facts.classifier:
-        found[f"{classifier_folder(METHOD)}/{WEIGHTS}"] = facts.classifier["sha256"]
-    return found | {f"{expert_folder(client)}/{WEIGHTS}": e["sha256"] for client, e in facts.experts.items()}
+        found[f"{layout.classifier_folder(layout.METHOD)}/{layout.WEIGHTS}"] = facts.classifier["sha256"]
+    return found | {
+        f"{layout.expert_folder(client)}/{layout.WEIGHTS}": e["sha256"] for client, e in facts.experts.items()
+    }
 
 
 def differing_weights(storage: Storage, facts: Facts) -> list[str]:

@@ -18,20 +18,8 @@ from fedfactory_ray.errors import UnlearningError
 from fedfactory_ray.pipeline import phases
 from fedfactory_ray.pipeline.session import refuse_forgotten
 from fedfactory_ray.settings.config import Config, merge
+from fedfactory_ray.storage import layout
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import (
-    AUDIT,
-    CARD,
-    CERTIFICATE,
-    CLASSIFIERS,
-    FILES,
-    FORGETTING,
-    METHOD,
-    WEIGHTS,
-    classifier_folder,
-    expert_folder,
-    lone_classifier,
-)
 from fedfactory_ray.synthesis.plan import Unit, make_units
 from fedfactory_ray.synthesis.shard import verified_digest
 from fedfactory_ray.tracking import runs as tracking
@@ -61,16 +49,16 @@ def left_in_new(new: Storage, after: Facts, gone: dict[str, list[dict[str, Any]]
     (a checkpoint, say) counts as left.
     """
     accounted = weights(after)
-    cards = {f"{posixpath.dirname(name)}/{CARD}" for name in accounted}
+    cards = {f"{posixpath.dirname(name)}/{layout.CARD}" for name in accounted}
     units = {shard.file for shard in after.shards}
     clients = {card.client for card in after.cards}
-    lone = lone_classifier("")
-    ours = lone if after.classifier is None else f"{lone}|{METHOD}/"
-    compared = [rf"{CLASSIFIERS}/(?!{ours})[^/]+"]
-    compared += [re.escape(classifier_folder(lone_classifier(client))) for client in clients]
-    compared += [re.escape(expert_folder(client)) for client in clients if client not in after.experts]
-    finished = re.compile(f"({'|'.join(compared)})/({re.escape(WEIGHTS)}|{re.escape(CARD)})")
-    known = FILES | cards | units | accounted.keys()
+    lone = layout.lone_classifier("")
+    ours = lone if after.classifier is None else f"{lone}|{layout.METHOD}/"
+    compared = [rf"{layout.CLASSIFIERS}/(?!{ours})[^/]+"]
+    compared += [re.escape(layout.classifier_folder(layout.lone_classifier(client))) for client in clients]
+    compared += [re.escape(layout.expert_folder(client)) for client in clients if client not in after.experts]
+    finished = re.compile(f"({'|'.join(compared)})/({re.escape(layout.WEIGHTS)}|{re.escape(layout.CARD)})")
+    known = layout.FILES | cards | units | accounted.keys()
     found = [f"{new.uri}/{name}" for name in new.names("") if name not in known and not finished.fullmatch(name)]
     digests = {entry["sha256"] for kind in ("modules", "weights") for entry in gone[kind]}
     return found + [f"{new.uri}/{name}" for name, digest in accounted.items() if digest in digests]
@@ -115,9 +103,9 @@ def verify(uri: str, config: Config, console: Console, *, retrain: bool = False)
     """
     new = Storage(uri).parent
     refuse_forgotten(new, forgetting=True)
-    if not new.exists(CERTIFICATE) or new.exists(FORGETTING):
+    if not new.exists(layout.CERTIFICATE) or new.exists(layout.FORGETTING):
         raise UnlearningError(f"{new.uri} holds no certificate of a finished request", "jobs/unlearn.py to its end")
-    text = new.read(CERTIFICATE)
+    text = new.read(layout.CERTIFICATE)
     certificate = Certificate.from_json(text)
     old = new.parent.within(certificate.request.run)
     digest = hashlib.sha256(text).hexdigest()
@@ -128,7 +116,7 @@ def verify(uri: str, config: Config, console: Console, *, retrain: bool = False)
     traces = {kind: sorted({*ids, *found[kind]}) for kind, ids in certificate.mlflow.items()}
     traces["models"] = certificate.mlflow["models"]
     checks = [
-        Check("the audit logs name this certificate", [] if all(digest in each for each in noted) else [AUDIT]),
+        Check("the audit logs name this certificate", [] if all(digest in each for each in noted) else [layout.AUDIT]),
         Check("the run is what the certificate says", differences(read_facts(new), certificate.after)),
         Check("weights are whole", differing_weights(new, certificate.after)),
         Check("no unit holds a row of the forgotten", wrong_rows(new, certificate, config)),
