@@ -103,6 +103,7 @@ def samplers(config: Config, options: argparse.Namespace) -> Table:
     from fedfactory_ray.cluster.plan import connect, make_plan
     from fedfactory_ray.data.readers import open_source
     from fedfactory_ray.data.source import Task
+    from fedfactory_ray.generation.card import read_cards
     from fedfactory_ray.generation.module import load_weights, make_denoiser
     from fedfactory_ray.generation.sampling import draw_images
     from fedfactory_ray.storage.files import Storage

@@ -42,6 +42,8 @@ FEDERATED, TUNE = "federated", "tune"
 """Checkpoints of federated methods; what Ray Tune keeps while a study runs."""
 MODULE_CARD = re.compile(rf"{MODULES}/(?P<client>[^/]+)/class-(?P<label>\d{{3,}})/{re.escape(CARD)}")
 
+EXPERT_CARD = re.compile(rf"{EXPERTS}/(?P<client>[^/]+)/{re.escape(CARD)}")
+
 
 def module_folder(client: str, label: int) -> str:
     """Where a client's module of a class lies."""

@@ -75,8 +75,8 @@ def read_facts(storage: Storage) -> Facts:
     manifest = [Shard(**line) for line in storage.read_json(layout.MANIFEST)]
     evaluation = storage.read_json(layout.EVALUATION)
     # What was evaluated counts: jobs/compare.py may have fitted more in the same folder.
-    experts = [name.split("/")[1] for name in storage.names(layout.EXPERTS) if name.endswith(f"/{layout.CARD}")]
-    experts = sorted(experts) if layout.PRODUCT in evaluation else []
+    found = map(layout.EXPERT_CARD.fullmatch, storage.names(layout.EXPERTS))
+    experts = sorted(card["client"] for card in found if card) if layout.PRODUCT in evaluation else []
     return Facts(
         partition_sha256=storage.read_json(layout.PARTITION)["sha256"],
         modules=[card.to_tree() for card in read_cards(storage)],
