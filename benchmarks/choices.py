@@ -31,16 +31,27 @@ def stored_run(options: argparse.Namespace) -> tuple[Any, Config]:
     return storage, Config.model_validate(tree | {"resources": threads})
 
 
+def read_partition(storage: Any, classes: int) -> Any:
+    """The partition that a run keeps."""
+    import pyarrow.parquet as pq
+
+    from fedfactory_ray.data.partition import Partition
+
+    shares: dict[str, dict[int, np.ndarray]] = {}
+    table = pq.read_table(storage.path(layout.INDICES), filesystem=storage.filesystem).to_pandas()
+    for (client, label), rows in table.groupby(["client", "label"], sort=False):
+        shares.setdefault(client, {})[int(label)] = rows["index"].to_numpy()
+    return Partition(classes, shares)
+
+
 def expert_logits(config: Config, uri: str, client: str) -> Any:
     """Logits on the real validation split of a client's expert, fitted here from a run's synthetic images."""
-    import pyarrow.parquet as pq
     import safetensors.torch
     import torch
 
     from fedfactory_ray.classification.models import make_classifier
     from fedfactory_ray.classification.prediction import predict_logits
     from fedfactory_ray.cluster.devices import prepare_process
-    from fedfactory_ray.data.partition import Partition
     from fedfactory_ray.data.readers import open_source
     from fedfactory_ray.data.source import Task
     from fedfactory_ray.federation.expert import assign, fit_expert
@@ -51,8 +62,7 @@ def expert_logits(config: Config, uri: str, client: str) -> Any:
     storage, source = Storage(uri), open_source(config.data)
     real = source.images("val")
     task = Task(len(source.class_names), real.shape[3], real.shape[1])
-    table = pq.read_table(storage.path(layout.INDICES), filesystem=storage.filesystem)
-    partition = Partition.from_table(table, task.classes)
+    partition = read_partition(storage, task.classes)
     manifest = [Shard(**line) for line in storage.read_json(layout.MANIFEST)]
     network = make_classifier(config.classifier.model, task, config.classifier.norm)
     with tempfile.TemporaryDirectory() as scratch:

@@ -142,3 +142,14 @@ def test_where_a_silo_lies_does_not_determine_the_results() -> None:
         for place in ({}, {"labels": {"site": "x"}, "resources": {"y": 1}})
     )
     assert here.determining() == there.determining()
+
+
+def test_settings_that_moved_are_taken_by_their_old_names_too(tmp_path: Path) -> None:
+    old = ["--classifier.checkpoint_every", "7", "--federated.checkpoint_every=3"]
+    config = make_config(overrides=old)
+    assert (config.storage.checkpoint_epochs, config.storage.checkpoint_rounds) == (7, 3)
+    (tmp_path / "old.yaml").write_text("classifier: {in_memory_mb: 9, epochs: 2}\n")
+    config = make_config(file=str(tmp_path / "old.yaml"))
+    assert (config.resources.in_memory_mb, config.classifier.epochs) == (9, 2)
+    # They say where a run happens, so they do not make it another run.
+    assert config.determining() == make_config(overrides=["--classifier.epochs", "2"]).determining()

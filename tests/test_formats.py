@@ -7,15 +7,14 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import pytest
 
+from benchmarks.choices import read_partition
 from fedfactory_ray.baselines.client import Alone
 from fedfactory_ray.baselines.rounds import Federated
 from fedfactory_ray.classification.training import Classifier
 from fedfactory_ray.cluster.plan import make_plan
 from fedfactory_ray.cluster.stored import look_all
-from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.errors import RunConflictError
 from fedfactory_ray.federation.expert import Expert
 from fedfactory_ray.federation.round import stored_modules
@@ -89,7 +88,7 @@ def test_units_hold_what_the_manifest_says(cluster: None) -> None:
 def test_modules_are_trained_again_and_a_line_says_why(
     cluster: None, config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
-    partition = Partition.from_table(pq.read_table(RUNS / "run" / "partition.parquet"), 3)
+    partition = read_partition(OLD, 3)
     partition = replace(partition, images_sha256={(client, label): "now" for client, label, _ in partition})
     with caplog.at_level("INFO"):
         assert stored_modules(config, partition, make_plan(config.resources).client, OLD) == {}

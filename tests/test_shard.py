@@ -11,13 +11,21 @@ from hypothesis import strategies as st
 
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.plan import Unit
-from fedfactory_ray.synthesis.shard import ROWS_DIGEST, images_of, rows_digest, to_table, verified_digest, write_shard
+from fedfactory_ray.synthesis.shard import ROWS_DIGEST, images_of, read_shard, rows_digest, to_table, write_shard
 
 UNIT = Unit("client-002", 4, 1, 12, 99, "f00d" * 16)
 
 
 def images_for(unit: Unit = UNIT, side: int = 8, channels: int = 3, seed: int = 0) -> np.ndarray:
     return np.random.RandomState(seed).randint(0, 256, (unit.n, side, side, channels)).astype(np.uint8)
+
+
+def verified_digest(storage: Storage, unit: Unit) -> str | None:
+    """Digest of the rows of a unit's file, or None where it is missing, torn, or not of this unit."""
+    found = read_shard(storage, unit.file)
+    if found is None or (found.n, found.module_sha256) != (unit.n, unit.module_sha256):
+        return None
+    return found.rows_sha256
 
 
 @pytest.fixture

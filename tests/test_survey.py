@@ -13,7 +13,7 @@ from PIL import Image
 from small_runs import SOURCES, opens_nothing
 
 from fedfactory_ray.data.readers import open_source
-from fedfactory_ray.pipeline.survey import survey
+from fedfactory_ray.pipeline.survey import read_images, survey
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.artefact import fingerprint
 
@@ -55,6 +55,7 @@ def test_the_driver_opens_no_image_of_any_kind_of_source(cluster: None, tmp_path
         with pytest.raises(AssertionError, match="the driver opened"):
             open_source(config.data)
         info, partition, _ = survey(config)
+        partition = read_images(config, partition, info)
     source = open_source(config.data)
     assert type(source).__name__ in (kind, "ArrayFile")
     assert info.class_names == source.class_names
@@ -69,21 +70,33 @@ def test_medmnist_is_such_a_file_and_cifar10_is_refused_by_a_worker(
 ) -> None:
     opens_nothing(monkeypatch)
     data = {"source": "medmnist:retinamnist", "root": str(real_data), "download": False}
-    _, partition, _ = survey(Config.model_validate({"data": data, "generator": {"channels": [8, 16]}}))
-    assert len(partition.images_sha256) == 5
+    config = Config.model_validate({"data": data})
+    info, partition, _ = survey(config)
+    assert len(read_images(config, partition, info).images_sha256) == 5
     with pytest.raises(Exception, match=r"cifar-10[\s\S]*expected MD5"):
         survey(Config.model_validate({"data": {"source": "cifar10", "root": str(tmp_path), "download": False}}))
     assert {kind.__name__ for kind in SOURCES} == {"Digits", "ArrayFile", "ImageFolder", "Cifar10"}
 
 
+def test_many_images_are_read_some_shares_at_a_time(
+    cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config.model_validate({"data": {"source": str(write_npz(tmp_path / "stripes.npz"))}})
+    info, partition, _ = survey(config)
+    whole = read_images(config, partition, info).images_sha256
+    monkeypatch.setattr("fedfactory_ray.pipeline.survey.READ_AT_ONCE", 6000)  # two of three shares of 40 · 64 bytes
+    assert read_images(config, partition, info).images_sha256 == whole
+
+
 def test_pixels_that_were_replaced_in_place_are_noticed(cluster: None, tmp_path: Path) -> None:
     file = write_npz(tmp_path / "stripes.npz")
     config = Config.model_validate({"data": {"source": str(file)}})
-    _, before, _ = survey(config)
+    info, dealt, _ = survey(config)
+    before = read_images(config, dealt, info)
     arrays = dict(np.load(file))
     arrays["train_images"][1] ^= 1  # of class 1
     np.savez_compressed(file, **arrays)
-    _, after, _ = survey(config)
+    after = read_images(config, dealt, info)
     assert after.sha256 == before.sha256
     changed = {key for key in before.images_sha256 if after.images_sha256[key] != before.images_sha256[key]}
     assert changed == {("client-001", 1)}

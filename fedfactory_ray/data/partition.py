@@ -84,17 +84,6 @@ class Partition:
         """All that determines what is trained on this partition: who holds which images, and the images themselves."""
         return [self.sha256, [self.images_sha256.get((client, label)) for client, label, _ in self]]
 
-    @classmethod
-    def from_table(cls, table: pa.Table, classes: int) -> Partition:
-        """Inverse of `to_table`."""
-        clients, labels = table["client"].to_numpy(), table["label"].to_numpy()
-        indices = table["index"].to_numpy()
-        shares = {
-            client: {int(y): indices[(clients == client) & (labels == y)] for y in np.unique(labels[clients == client])}
-            for client in dict.fromkeys(clients.tolist())
-        }
-        return cls(classes, shares)
-
     def to_table(self) -> pa.Table:
         """One row an image: client, label, index in the training split."""
         rows = list(self)

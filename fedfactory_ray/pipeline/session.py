@@ -20,7 +20,7 @@ from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.errors import FedFactoryError, ForgottenError, RunConflictError
 from fedfactory_ray.federation.exchange import import_modules, set_sha256
 from fedfactory_ray.generation.card import ModuleCard
-from fedfactory_ray.pipeline.survey import survey
+from fedfactory_ray.pipeline.survey import read_images, survey
 from fedfactory_ray.settings.config import MOVED, Config, flatten
 from fedfactory_ray.storage.artefact import fingerprint
 from fedfactory_ray.storage.files import Storage
@@ -107,6 +107,8 @@ def open_session(
             save_partition(storage, partition)
             if config.modules is not None:
                 import_modules(config.modules, storage, cards)
+            else:
+                partition = read_images(config, partition, info)
             session = Session(config, name, console, plan, info, partition, storage, logged, cards)
             session.seconds["start"] = time.monotonic() - began
             yield session

@@ -8,12 +8,13 @@ import numpy as np
 import ray
 
 from fedfactory_ray.cluster.plan import placement, refuse_unknown_places
-from fedfactory_ray.data.partition import Partition, held_elsewhere, make_partition, still_held
+from fedfactory_ray.data.partition import Partition, held_elsewhere, make_partition, own_indices, still_held
 from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.errors import DataInvalidError, PartitionError
 from fedfactory_ray.federation.exchange import read_cards
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.artefact import fingerprint
 
 READ_AT_ONCE = 2**29
 """Bytes of images that one task reads to tell their fingerprints."""
@@ -34,12 +35,11 @@ def survey(config: Config) -> tuple[DataInfo, Partition, list[ModuleCard]]:
         return info, partition, [card for card in cards if card.label in partition.shares.get(card.client, {})]
     if config.partition.scheme == "natural":
         return info, _natural(config, info), []
-    partition = make_partition(config.partition, labels, info.classes, config.seed).without(excluded)
-    return info, replace(partition, images_sha256=_fingerprints(config, partition, info)), []
+    return info, make_partition(config.partition, labels, info.classes, config.seed).without(excluded), []
 
 
 def _natural(config: Config, info: DataInfo) -> Partition:
-    """The partition that natural silos tell of: counts and fingerprints are all that leaves their nodes."""
+    """The partition that natural silos tell of."""
     excluded = config.partition.exclude
     unknown = {entry.partition("/")[0] for entry in excluded} - {silo.name for silo in config.partition.silos}
     if unknown:
@@ -53,45 +53,47 @@ def _natural(config: Config, info: DataInfo) -> Partition:
     asked = [
         _inspect_silo.options(**placement(config, silo.name)).remote(config, silo.name, info) for silo in taking_part
     ]
-    told = {
-        (silo.name, label): held
+    counts = {
+        (silo.name, label): n
         for silo, found in zip(taking_part, ray.get(asked), strict=True)
-        for label, held in found.items()
+        for label, n in enumerate(found)
+        if n
     }
-    missing = sorted(set(range(info.classes)) - {label for _, label in told})
+    missing = sorted(set(range(info.classes)) - {label for _, label in counts})
     if missing and not excluded:
         names = ", ".join(info.class_names[y] for y in missing)
         raise DataInvalidError("partition.silos", f"no silo with a training image of class {names}", "every class")
-    partition = held_elsewhere({key: n for key, (n, _) in told.items()}, info.classes)
-    partition = replace(partition, images_sha256={key: digest for key, (_, digest) in told.items()})
+    partition = held_elsewhere(counts, info.classes)
     return partition.without(still_held(partition, [entry for entry in excluded if "/" in entry]))
 
 
-def _fingerprints(config: Config, partition: Partition, info: DataInfo) -> dict[tuple[str, int], str]:
-    """Fingerprints of all shares' images, which tasks read side by side, some shares each."""
-    parts: list[list[tuple[tuple[str, int], np.ndarray]]] = [[]]
-    room = READ_AT_ONCE
-    for client, label, indices in partition:
-        size = len(indices) * info.channels * info.resolution**2
-        if parts[-1] and size > room:
+def read_images(config: Config, partition: Partition, info: DataInfo) -> Partition:
+    """The partition with the fingerprints of its images, which tasks read where they lie, some shares each."""
+    parts: list[list[tuple[str, int, np.ndarray]]] = []
+    room = 0
+    for client, label, places in partition:
+        size = len(places) * info.channels * info.resolution**2
+        apart = config.partition.scheme == "natural" and parts and parts[-1][-1][0] != client
+        if not parts or apart or size > room:
             parts.append([])
             room = READ_AT_ONCE
-        parts[-1].append(((client, label), indices))
+        parts[-1].append((client, label, places))
         room -= size
-    found: dict[tuple[str, int], str] = {}
-    for told in ray.get([_fingerprint.remote(config, part) for part in parts]):
-        found |= told
-    return found
+    asked = [_read_images.options(**placement(config, part[0][0])).remote(config, info, part) for part in parts]
+    return replace(partition, images_sha256={key: digest for told in ray.get(asked) for key, digest in told.items()})
 
 
 @ray.remote
-def _fingerprint(config: Config, shares: list[tuple[tuple[str, int], np.ndarray]]) -> dict[tuple[str, int], str]:
+def _read_images(
+    config: Config, info: DataInfo, shares: list[tuple[str, int, np.ndarray]]
+) -> dict[tuple[str, int], str]:
+    """Fingerprints of the images of shares (client, class, places) that lie in one source."""
     from fedfactory_ray.data.readers import open_source
-    from fedfactory_ray.storage.artefact import fingerprint
 
-    images = open_source(config.data).images("train", np.concatenate([indices for _, indices in shares]))
-    parts = np.split(images, np.cumsum([len(indices) for _, indices in shares])[:-1])
-    return {key: fingerprint(part) for (key, _), part in zip(shares, parts, strict=True)}
+    source = open_source(config.data_of(shares[0][0]), info.class_names)
+    indices = [own_indices(config, source, label, places) for _, label, places in shares]
+    images = np.split(source.images("train", np.concatenate(indices)), np.cumsum([len(i) for i in indices])[:-1])
+    return {(client, label): fingerprint(own) for (client, label, _), own in zip(shares, images, strict=True)}
 
 
 @ray.remote
@@ -103,11 +105,10 @@ def _inspect(config: Config) -> tuple[DataInfo, np.ndarray]:
 
 
 @ray.remote
-def _inspect_silo(config: Config, client: str, info: DataInfo) -> dict[int, tuple[int, str]]:
-    """By class that a natural silo holds, number and fingerprint of its training images: all that leaves its node."""
+def _inspect_silo(config: Config, client: str, info: DataInfo) -> list[int]:
+    """Number of training images of each class of a natural silo."""
     from fedfactory_ray.data.readers import open_source
     from fedfactory_ray.data.source import inspect
-    from fedfactory_ray.storage.artefact import fingerprint
 
     source = open_source(config.data_of(client), info.class_names)
     found, labels = inspect(source, trains=False, tests=False)
@@ -116,5 +117,4 @@ def _inspect_silo(config: Config, client: str, info: DataInfo) -> dict[int, tupl
     ours, theirs = ((i.class_names, i.resolution, i.channels) for i in (found, info))
     if ours != theirs:
         raise DataInvalidError(source.path, f"classes, side and channels {ours}", f"those of the test split, {theirs}")
-    images = source.images("train")
-    return {y: (n, fingerprint(images[labels == y])) for y, n in enumerate(found.counts["train"]) if n}
+    return found.counts["train"]

@@ -15,7 +15,7 @@ from pydantic_settings import CliApp
 from rich.console import Console
 
 from fedfactory_ray.errors import ConfigError, FedFactoryError
-from fedfactory_ray.settings.config import Config, merge, nested, upgraded
+from fedfactory_ray.settings.config import MOVED, Config, merge, nested, upgraded
 from fedfactory_ray.settings.presets import PRESETS
 from fedfactory_ray.storage.layout import SETTINGS
 
@@ -38,13 +38,16 @@ def make_config(preset: str = "digits", file: str | None = None, overrides: Sequ
             raise ConfigError([f"{file}: {error}"]) from error
         if not isinstance(loaded, dict):
             raise ConfigError([f"{file}: found a {type(loaded).__name__}, needed sections such as `generator:`"])
-        values = merge(values, loaded)
+        values = merge(values, upgraded(loaded))
     return _combine(values, overrides)
 
 
 def _combine(values: dict[str, Any], overrides: Sequence[str]) -> Config:
+    flags = {f"--{old}": f"--{new}" for old, new in MOVED.items()}
+    split = (argument.partition("=") for argument in overrides)
+    arguments = [f"{flags.get(flag, flag)}{mark}{value}" for flag, mark, value in split]
     with _explained():
-        return CliApp.run(Config, cli_args=list(overrides), **values)
+        return CliApp.run(Config, cli_args=arguments, **values)
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:

@@ -149,12 +149,17 @@ MOVED = {
     "classifier.in_memory_mb": "resources.in_memory_mb",
     "federated.checkpoint_every": "storage.checkpoint_rounds",
 }
-"""Settings of stored runs that have other names now."""
+"""Settings that have other names now, in stored runs, in people's files and commands: old name → name."""
 
 
 def upgraded(tree: dict[str, Any]) -> dict[str, Any]:
-    """Stored settings, whatever version stored them, by today's names."""
-    return nested({MOVED.get(name, name): value for name, value in flatten(tree).items()})
+    """Settings by today's names."""
+    for old, new in MOVED.items():
+        section, _, field = old.partition(".")
+        if isinstance(tree.get(section), dict) and field in tree[section]:
+            left = {name: value for name, value in tree[section].items() if name != field}
+            tree = merge(tree | {section: left}, nested({new: tree[section][field]}))
+    return tree
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

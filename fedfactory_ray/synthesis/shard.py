@@ -139,14 +139,6 @@ def read_shard(storage: Storage, file: str) -> Shard | None:
         return None
 
 
-def verified_digest(storage: Storage, unit: Unit) -> str | None:
-    """Digest of the rows of a unit's file, or None where it is missing, torn, or not of this unit."""
-    found = read_shard(storage, unit.file)
-    if found is None or (found.n, found.module_sha256) != (unit.n, unit.module_sha256):
-        return None
-    return found.rows_sha256
-
-
 def read_shards(storage: Storage, files: list[str]) -> pa.Table:
     """Rows of several files, in their order: image, label, client, unit, index."""
     columns = {

@@ -21,7 +21,7 @@ from fedfactory_ray.cluster.plan import Worker, make_plan
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.errors import ConfigError, DataInvalidError, ResourcesError
 from fedfactory_ray.pipeline.session import Session, find_refusal, open_session, run_name
-from fedfactory_ray.pipeline.survey import survey
+from fedfactory_ray.pipeline.survey import read_images, survey
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import BEST, CENTRALISED, METHOD, TRIAL, TUNE
@@ -171,7 +171,8 @@ def make_jobs(
     for trial in trials:
         shares = short(settings_of_shares(trial.config))
         if shares not in surveys:
-            surveys[shares] = survey(trial.config)[:2]
+            info, partition, _ = survey(trial.config)
+            surveys[shares] = info, read_images(trial.config, partition, info)
         info, partition = surveys[shares]
         if method in METHODS:
             rounds.check(trial.config, partition)

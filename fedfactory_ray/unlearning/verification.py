@@ -11,7 +11,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.parquet as pq
 from rich.console import Console
 
 from fedfactory_ray.errors import UnlearningError
@@ -20,13 +19,12 @@ from fedfactory_ray.pipeline.session import refuse_forgotten
 from fedfactory_ray.settings.config import Config, merge
 from fedfactory_ray.storage import layout
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.synthesis.plan import Unit, make_units
-from fedfactory_ray.synthesis.shard import verified_digest
+from fedfactory_ray.synthesis.plan import make_units
+from fedfactory_ray.synthesis.shard import Shard, read_shard
 from fedfactory_ray.tracking import runs as tracking
 from fedfactory_ray.unlearning.certificate import Certificate, audit_lines
 from fedfactory_ray.unlearning.deletion import LEFT, find_traces, traces_left
 from fedfactory_ray.unlearning.facts import AT_ONCE, Facts, differing_weights, read_facts, weights
-from fedfactory_ray.unlearning.request import Request
 
 
 @dataclass(frozen=True)
@@ -67,26 +65,20 @@ def left_in_new(new: Storage, after: Facts, gone: dict[str, list[dict[str, Any]]
 def wrong_rows(new: Storage, certificate: Certificate, config: Config) -> list[str]:
     """Units that are not what the certificate says, or that hold a row of the forgotten."""
     request, deleted = certificate.request, {entry["sha256"] for entry in certificate.deleted["modules"]}
-    synthesis = config.synthesis
-    cards = certificate.after.cards
-    units = {u.file: u for u in make_units(cards, synthesis.images_per_class, synthesis.unit_size, config.seed)}
+    synthesis, after = config.synthesis, certificate.after
+    units = make_units(after.cards, synthesis.images_per_class, synthesis.unit_size, config.seed)
+    planned = {unit.file: (unit.n, unit.module_sha256) for unit in units}
 
-    def wrong(line: tuple[str, str]) -> bool:
-        file, digest = line
-        if file not in units or verified_digest(new, units[file]) != digest:
+    def wrong(line: Shard) -> bool:
+        found = read_shard(new, line.file)
+        if found is None or found.rows_sha256 != line.rows_sha256:
             return True
-        return _holds(new, units[file], request, deleted)
+        forgotten = request.forgets(found.client, found.label) or found.module_sha256 in deleted
+        return forgotten or planned.get(found.file) != (found.n, found.module_sha256)
 
-    lines = [(shard.file, shard.rows_sha256) for shard in certificate.after.shards]
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        found = [file for (file, _), bad in zip(lines, pool.map(wrong, lines), strict=True) if bad]
-    return found + sorted(units.keys() - {file for file, _ in lines})
-
-
-def _holds(storage: Storage, unit: Unit, request: Request, modules: set[str]) -> bool:
-    table = pq.read_table(storage.path(unit.file), filesystem=storage.filesystem, columns=["client", "label", "module"])
-    rows = {(row["client"], row["label"], row["module"]) for row in table.to_pylist()}
-    return any(request.forgets(client, label) or module in modules for client, label, module in rows)
+        found = [line.file for line, bad in zip(after.shards, pool.map(wrong, after.shards), strict=True) if bad]
+    return found + sorted(planned.keys() - {line.file for line in after.shards})
 
 
 def differences(ours: Facts, theirs: Facts) -> list[str]:
