@@ -95,10 +95,9 @@ def bare_fit(config: Config, shape: tuple[int, int, int], classes: int, images: 
     table = pa.table(
         {"image": image_column(noise), **places, "unit": np.zeros(images, int), "index": np.arange(images)}
     )
-    size = config.classifier.batch_size
+    size, fraction = config.classifier.batch_size, config.classifier.validation_fraction
     training, validation = (
-        HeldBatches(keep_side(table, images, config.classifier.validation_fraction, side), shape, size, 0, 0, 1)
-        for side in (False, True)
+        HeldBatches(keep_side(table, images, fraction, validation=side), shape, size, 0, 0, 1) for side in (False, True)
     )
     fit = Fit(config.classifier, Task(classes, shape[2], shape[0]), len(training.labels) // size, 0, device)
     began = time.monotonic()

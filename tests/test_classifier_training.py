@@ -95,10 +95,10 @@ def test_workers_share_every_batch() -> None:
 
 def test_validation_rows_are_a_tenth_and_stay_when_rows_go() -> None:
     there = columns()
-    training, validation = (keep_side(table_of(there), 60, 0.1, side) for side in (False, True))
+    training, validation = (keep_side(table_of(there), 60, 0.1, validation=side) for side in (False, True))
     assert (len(training), len(validation)) == (216, 24)
     without = table_of({name: column[there["client"] != "b"] for name, column in there.items()})
-    kept = keep_side(without, 60, 0.1, True)
+    kept = keep_side(without, 60, 0.1, validation=True)
     assert kept.equals(validation.filter(pa.compute.not_equal(validation["client"], "b")))
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from opened_sources import refusal, source_at
 from PIL import Image
-from test_sources import refusal, source_at
 
 from fedfactory_ray.data.image_folder import ImageFolder
 from fedfactory_ray.data.source import inspect

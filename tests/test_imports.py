@@ -100,3 +100,10 @@ def test_the_driver_has_no_torch_before_its_clients_are_at_work() -> None:
     code = f"import sys, {PACKAGE}.pipeline.phases, {PACKAGE}.federation.round; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["False"]
+
+
+def test_no_test_module_imports_another() -> None:
+    for file in (ROOT / "tests").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                assert not node.module.startswith("test_"), f"{file.name} imports {node.module}"

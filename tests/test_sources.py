@@ -9,26 +9,16 @@ import pytest
 from conftest import write_npz
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from opened_sources import refusal, source_at
 from PIL import Image
 
 from fedfactory_ray.data.readers import ArrayFile, open_source
-from fedfactory_ray.data.source import Source, inspect
+from fedfactory_ray.data.source import inspect
 from fedfactory_ray.data.transforms import resize_batch
 from fedfactory_ray.errors import DataInvalidError, DataMissingError
 from fedfactory_ray.settings.sections import DataConfig
 
 SPLITS = ("train", "val", "test")
-
-
-def source_at(path: Path, **changes: object) -> Source:
-    return open_source(DataConfig.model_validate({"source": str(path), **changes}))
-
-
-def refusal(path: Path, **changes: object) -> str:
-    """What a source that has to be refused is refused with."""
-    with pytest.raises(DataInvalidError) as error:
-        inspect(source_at(path, **changes))
-    return str(error.value)
 
 
 # Digits

@@ -17,7 +17,7 @@ from fedfactory_ray.synthesis.shard import images_of
 ORDER = ("label", "client", "unit", "index")
 
 
-def keep_side(table: pa.Table, unit_size: int, fraction: float, validation: bool) -> pa.Table:
+def keep_side(table: pa.Table, unit_size: int, fraction: float, *, validation: bool) -> pa.Table:
     """The training or the validation rows: of each client's images of a class, every (1/fraction)-th validates.
 
     A row's side depends on its own place alone, so it stays when other rows come or go.

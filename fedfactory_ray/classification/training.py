@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import os
 import tempfile
 import threading
@@ -73,7 +74,7 @@ def fit(
     a fit that broke off goes on from its last checkpoint. The best epoch by validation loss is kept. Where the fit is
     `judged`, every epoch also tells of the real validation split.
     """
-    held = fits_in_memory(config, rows.n_images, task)
+    held = fits_in_memory(config, rows.n_images, task.image_shape)
     made_of = fit_fingerprint(config, rows.digest, held=held)
     checkpoints = trainer_folder(name, made_of)
     found = find_all(storage, Classifier, {classifier_folder(name): made_of}).get(classifier_folder(name))
@@ -84,9 +85,9 @@ def fit(
     return found
 
 
-def fits_in_memory(config: Config, n_images: int, task: Task) -> bool:
-    """Whether each worker holds the training set, instead of reading it anew each epoch."""
-    return n_images * task.channels * task.resolution**2 <= config.resources.in_memory_mb * 2**20
+def fits_in_memory(config: Config, n_images: int, image_shape: tuple[int, int, int]) -> bool:
+    """Whether each worker holds a training set of such images, instead of reading it anew each epoch."""
+    return n_images * math.prod(image_shape) <= config.resources.in_memory_mb * 2**20
 
 
 def fit_fingerprint(config: Config, rows_digest: str, *, held: bool) -> str:
@@ -266,7 +267,7 @@ def _batches(config: Config, settings: dict[str, Any], seed: int, rank: int, wor
     )
     if settings["table"] is not None:
         table = settings["table"]()
-        sides = (keep_side(table, settings["unit_size"], fraction, validation) for validation in (False, True))
+        sides = (keep_side(table, settings["unit_size"], fraction, validation=side) for side in (False, True))
         training, validation = (HeldBatches(side, shape, size, seed, rank, world) for side in sides)
         return training, validation
     return (

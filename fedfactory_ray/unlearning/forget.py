@@ -12,7 +12,6 @@ from rich.console import Console
 
 from fedfactory_ray.classification.training import fits_in_memory
 from fedfactory_ray.cluster.plan import connect, make_plan
-from fedfactory_ray.data.source import Task
 from fedfactory_ray.errors import UnlearningError
 from fedfactory_ray.pipeline import phases
 from fedfactory_ray.pipeline.listeners import Listeners
@@ -126,7 +125,8 @@ def _doubts(config: Config, before: Facts, environments: list[dict[str, str]], *
     not promised to repeat. Raises UnlearningError for any reason, unless they are `allowed`."""
     doubts = _differences(config, environments)
     card, n_images = before.cards[0], sum(shard.n for shard in before.shards)
-    if before.classifier and not fits_in_memory(config, n_images, Task(0, card.channels, card.resolution)):
+    shape = (card.resolution, card.resolution, card.channels)
+    if before.classifier and not fits_in_memory(config, n_images, shape):
         doubts.append(f"a training set above resources.in_memory_mb={config.resources.in_memory_mb} is streamed")
     if doubts and not allowed:
         raise UnlearningError(

@@ -53,7 +53,7 @@ def plan_reuse(config: Config, partition: Partition, task: Task, before: Facts) 
     kept = [shard for _, shard in found if shard is not None]
     new_labels = {unit.label for unit, shard in found if shard is None}
 
-    held = fits_in_memory(config, sum(shard.n for shard in kept), task)
+    held = fits_in_memory(config, sum(shard.n for shard in kept), task.image_shape)
     made_of = fit_fingerprint(config, manifest_digest(kept), held=held)
     classifier = not new_labels and _same(before.classifier, made_of)
     experts = []
