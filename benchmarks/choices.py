@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from benchmarks.cost import changed
+from benchmarks.cost import with_sections
 from fedfactory_ray.settings.config import Config, upgraded
 from fedfactory_ray.storage import layout
 
@@ -83,12 +83,12 @@ def experts(config: Config, options: argparse.Namespace) -> Table:
     from fedfactory_ray.data.readers import open_source
 
     storage, stored = stored_run(options)
-    stored = changed(stored, classifier={"epochs": config.classifier.epochs})
+    stored = with_sections(stored, classifier={"epochs": config.classifier.epochs})
     labels = open_source(stored.data).labels("val")
     clients = storage.read_json(layout.PARTITION)["clients"]
     table = Table("real_share", "lone experts, mean", "mixture", "product [95 %]")
     for share in SHARES:
-        chosen = changed(stored, experts={"real_share": share})
+        chosen = with_sections(stored, experts={"real_share": share})
         with ProcessPoolExecutor(multiprocessing.cpu_count(), mp_context=multiprocessing.get_context("spawn")) as pool:
             fitted = [pool.submit(expert_logits, chosen, storage.uri, client) for client in clients]
             logits = torch.stack([each.result() for each in fitted])

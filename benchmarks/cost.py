@@ -20,8 +20,8 @@ from fedfactory_ray.settings.config import Config, merge
 TINY = {"generator": {"min_steps": 2, "max_steps": 2}}
 
 
-def changed(config: Config, **changes: Any) -> Config:
-    """`config` with sections changed."""
+def with_sections(config: Config, **changes: Any) -> Config:
+    """`config` with sections with_sections."""
     return Config.model_validate(merge(config.model_dump(), changes))
 
 
@@ -33,7 +33,7 @@ def run_quietly(config: Config) -> tuple[Any, float]:
 
     with tempfile.TemporaryDirectory() as folder:
         places = {"storage": {"uri": folder}, "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"}}
-        report = pipeline.run(changed(config, **places), Console(file=io.StringIO()))
+        report = pipeline.run(with_sections(config, **places), Console(file=io.StringIO()))
     return report, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
@@ -121,7 +121,7 @@ def overhead(config: Config, options: argparse.Namespace) -> Table:
     from fedfactory_ray.data.source import Task
     from fedfactory_ray.synthesis.plan import quotas
 
-    config = changed(config, baselines=["none"])
+    config = with_sections(config, baselines=["none"])
     report, _ = apart(run_quietly, config)
     source = open_source(config.data)
     labels, (side, _, channels) = source.labels("train"), source.image_shape()
@@ -175,7 +175,7 @@ def round_seconds(config: Config, clients: int) -> tuple[float, float]:
     source = open_source(config.data)
     classes = len(source.class_names)
     counts = [[10 if y == client % classes else 0 for y in range(classes)] for client in range(clients)]
-    config = changed(config, partition={"scheme": "skew", "counts": counts})
+    config = with_sections(config, partition={"scheme": "skew", "counts": counts})
     partition = make_partition(config.partition, source.labels("train"), classes, config.seed)
     connect()
     with tempfile.TemporaryDirectory() as folder:
@@ -195,7 +195,7 @@ def clients(config: Config, options: argparse.Namespace) -> Table:
     table = Table("clients", "actors", "round, s", "per client, s", "of it until the first report, s")
     settings = [(5, 2, {}), (10, 2, {}), (20, 2, {}), (10, 1, {}), (100, 2, TINY)]
     for n, actors, changes in settings:
-        seconds, first = apart(round_seconds, changed(config, resources={"max_actors": actors}, **changes), n)
+        seconds, first = apart(round_seconds, with_sections(config, resources={"max_actors": actors}, **changes), n)
         name = f"{n} tiny" if changes else str(n)
         table.add_row(name, str(actors), f"{seconds:.1f}", f"{seconds / n:.2f}", f"{first:.1f}")
     return table
@@ -203,10 +203,10 @@ def clients(config: Config, options: argparse.Namespace) -> Table:
 
 def memory(config: Config, options: argparse.Namespace) -> Table:
     """The driver's peak memory against images and clients."""
-    small = changed(config, baselines=["none"], classifier={"epochs": 1}, **TINY)
+    small = with_sections(config, baselines=["none"], classifier={"epochs": 1}, **TINY)
     table = Table("clients", "synthetic images", "driver's peak, MB")
     for n, images in [(10, 200), (10, 2000), (100, 200)]:
-        settings = changed(small, partition={"clients": n, "min_size": 1}, synthesis={"images_per_class": images})
+        settings = with_sections(small, partition={"clients": n, "min_size": 1}, synthesis={"images_per_class": images})
         report, peak = apart(run_quietly, settings)
         table.add_row(str(n), f"{report.synthetic_images:,}", f"{peak:.0f}")
     return table

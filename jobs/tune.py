@@ -34,6 +34,7 @@ def main() -> None:
     """Run the job."""
     config, chosen = parse(description=__doc__ or "", add_arguments=add_arguments)
     # Heavy imports only once the configuration stands.
+    from fedfactory_ray.storage.layout import BEST_CONFIG
     from fedfactory_ray.tracking.runs import tracking_uri
     from fedfactory_ray.tuning.report import study_table
     from fedfactory_ray.tuning.study import run_study
@@ -42,7 +43,7 @@ def main() -> None:
     study = run_study(config, chosen.method, chosen.search, chosen.trials, chosen.concurrent, console)
     console.print(study_table(study))
     console.print(f"best        {study.best}", soft_wrap=True, highlight=False, markup=False)
-    console.print(f"as a file   --config {study.storage}/best.yaml", soft_wrap=True, highlight=False)
+    console.print(f"as a file   --config {study.storage}/{BEST_CONFIG}", soft_wrap=True, highlight=False)
     browse = f"browse      mlflow ui --backend-store-uri {tracking_uri(config)}"
     console.print(browse, soft_wrap=True, highlight=False)
 

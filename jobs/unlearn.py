@@ -11,9 +11,7 @@ from rich.table import Table
 
 from fedfactory_ray.settings.command_line import exit_status, job_console, stored_config
 
-SETTINGS = (
-    "Other settings (--storage.uri, --tracking.uri, --resources.…) as for jobs/run.py; the rest is the run's own."
-)
+OTHERS = "Other settings (--storage.uri, --tracking.uri, --resources.…) as for jobs/run.py; the rest is the run's own."
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -23,10 +21,10 @@ def make_parser() -> argparse.ArgumentParser:
     forgetting = commands.add_parser(
         "forget",
         help="make a finished run one in which clients never took part, bit for bit, and delete the old one",
-        epilog=SETTINGS,
+        epilog=OTHERS,
         allow_abbrev=False,
     )
-    forgetting.set_defaults(command=forget)
+    forgetting.set_defaults(command=forget_command)
     forgetting.add_argument("--run", required=True, metavar="NAME", help="the finished run, a folder of --storage.uri")
     forgetting.add_argument("--client", required=True, nargs="+", metavar="CLIENT", help="whom to forget")
     forgetting.add_argument(
@@ -40,9 +38,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="go on though the run was made on other hardware or versions; the certificate then says so",
     )
     checking = commands.add_parser(
-        "verify", help="check a certificate against storage and MLflow", epilog=SETTINGS, allow_abbrev=False
+        "verify", help="check a certificate against storage and MLflow", epilog=OTHERS, allow_abbrev=False
     )
-    checking.set_defaults(command=verify)
+    checking.set_defaults(command=verify_command)
     checking.add_argument("certificate", help="path or address of certificate.json in its run's folder")
     checking.add_argument(
         "--retrain", action="store_true", help="also make the run without the client from nothing, and compare digests"
@@ -50,16 +48,16 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def forget(options: argparse.Namespace, overrides: list[str]) -> int:
+def forget_command(options: argparse.Namespace, overrides: list[str]) -> int:
     """Fulfil a request; returns the exit status."""
     config = stored_config(options.run, overrides)
     from fedfactory_ray.storage.files import Storage
     from fedfactory_ray.storage.layout import CERTIFICATE
-    from fedfactory_ray.unlearning.forget import forget as fulfil
+    from fedfactory_ray.unlearning.forget import forget
     from fedfactory_ray.unlearning.report import certificate_table
 
     console = job_console()
-    certificate = fulfil(
+    certificate = forget(
         config,
         options.client,
         options.classes,
@@ -83,16 +81,16 @@ def who() -> str:
         return f"uid {os.getuid()}"
 
 
-def verify(options: argparse.Namespace, overrides: list[str]) -> int:
+def verify_command(options: argparse.Namespace, overrides: list[str]) -> int:
     """Check a certificate; returns the exit status: 1 where a check fails."""
     from fedfactory_ray.storage.files import Storage
 
     run = Storage(options.certificate).parent
     config = stored_config(run.name, ["--storage.uri", run.parent.uri, *overrides])
-    from fedfactory_ray.unlearning.verification import verify as check
+    from fedfactory_ray.unlearning.verification import verify
 
     console = job_console()
-    _, checks = check(options.certificate, config, console, retrain=options.retrain)
+    _, checks = verify(options.certificate, config, console, retrain=options.retrain)
     table = Table(title=f"certificate · {run.name}", title_justify="left", show_header=False)
     for each in checks:
         table.add_row(each.name, "[red]no[/red]: " + ", ".join(each.wrong[:5]) if each.wrong else "[green]yes[/green]")

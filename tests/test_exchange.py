@@ -14,7 +14,7 @@ from ray.exceptions import RayError
 
 from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.errors import DataMissingError, ModuleRefusedError
-from fedfactory_ray.federation.exchange import import_modules, read_cards
+from fedfactory_ray.federation.exchange import import_modules, offered_cards
 from fedfactory_ray.generation import module
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.generation.unet import Denoiser
@@ -46,7 +46,7 @@ def exchange(tmp_path: Path) -> Path:
 
 
 def take(exchange: Path, run: Path) -> list[ModuleCard]:
-    cards = read_cards(str(exchange), INFO)
+    cards = offered_cards(str(exchange), INFO)
     try:
         import_modules(str(exchange), Storage(str(run)), cards)
     except RayError as error:
@@ -104,8 +104,8 @@ def other_network(folder: Path) -> None:
         (rename, "south", "it lies in the folder of 'south', class 0, its card says 'north', 0"),
         (other_network, "north", r"tensor .* of shape"),
         (lambda folder: change_card(folder, generator={"channels": [7]}), "north", "multiple of norm_groups"),
-        (lambda folder: change_card(folder, extra=1), "north", r"its card cannot be read[\s\S]*extra of format 1"),
-        (lambda folder: change_card(folder, format=2, more=1), "north", r"more of format 2, where 1 is known"),
+        (lambda folder: change_card(folder, extra=1), "north", r"its card cannot be read[\s\S]*found:  extra"),
+        (lambda folder: change_card(folder, format=2, more=1), "north", r"format 2 \(more\), where 1 is known"),
         (lambda folder: change_card(folder, n_images="many"), "north", r"its card cannot be read[\s\S]*n_images"),
         (lambda folder: change_card(folder, files={"model.safetensors": "0", "x": "0"}), "north", "it is of files"),
         (lambda folder: (folder / "card.json").write_text("{"), "north", "its card cannot be read"),
@@ -128,9 +128,9 @@ def test_what_does_not_verify_is_refused_by_its_clients_name(
 def test_a_class_that_the_data_set_has_not_is_refused(exchange: Path) -> None:
     write_module(exchange, "south", 2)
     with pytest.raises(ModuleRefusedError, match=r"'south', class 2.*class 2, the data set has 2"):
-        read_cards(str(exchange), INFO)
+        offered_cards(str(exchange), INFO)
 
 
 def test_an_empty_folder_is_refused_with_what_was_looked_for(tmp_path: Path) -> None:
     with pytest.raises(DataMissingError, match=r"modules/<client>/class-<y>/card.json[\s\S]*train_client"):
-        read_cards(str(tmp_path), INFO)
+        offered_cards(str(tmp_path), INFO)

@@ -18,10 +18,11 @@ from small_runs import opens_nothing
 
 from fedfactory_ray.baselines import client as actors
 from fedfactory_ray.baselines.fedavg import FedAvg
-from fedfactory_ray.baselines.learner import Learner, unpack
+from fedfactory_ray.baselines.learner import Learner, from_message
 from fedfactory_ray.baselines.methods import METHODS, SHARED
-from fedfactory_ray.baselines.rounds import Federation, Round, replies_of
+from fedfactory_ray.baselines.rounds import Federation, Round
 from fedfactory_ray.classification.models import make_classifier
+from fedfactory_ray.cluster.absence import replies_of
 from fedfactory_ray.cluster.plan import Worker
 from fedfactory_ray.data.partition import Partition, held_elsewhere, make_partition
 from fedfactory_ray.data.source import Task
@@ -220,7 +221,7 @@ def test_a_method_that_diverges_ends_with_the_weights_from_before(here: Starts, 
     assert done.history[-1].diverged
     assert done.chosen == 0
     first = Learner(settings, TASK, torch.device("cpu")).network.state_dict()
-    kept = unpack(Storage(str(tmp_path)).read("classifier/fedavg/model.safetensors"))
+    kept = from_message(Storage(str(tmp_path)).read("classifier/fedavg/model.safetensors"))
     assert all(torch.equal(kept[name], tensor) for name, tensor in first.items())
 
 

@@ -11,7 +11,7 @@ import torch
 from fedfactory_ray.baselines import client as actors
 from fedfactory_ray.baselines.centralised import baseline_steps, for_steps, reference_config
 from fedfactory_ray.baselines.fedavg import FedAvg
-from fedfactory_ray.baselines.learner import Images, Learner, held_back, pack, unpack
+from fedfactory_ray.baselines.learner import Images, Learner, from_message, held_back, to_message
 from fedfactory_ray.classification.models import make_classifier
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import Task
@@ -76,7 +76,7 @@ def test_a_models_vectors_are_all_of_its_state(norm: str) -> None:
     learner = learner_of(norm=norm)
     model = {name: vector + 0.1 for name, vector in learner.model().items()}
     assert set(model) == ({"weights", "buffers"} if norm == "batch" else {"weights"})
-    learner.load(unpack(pack(model)))
+    learner.load(from_message(to_message(model)))
     assert all(torch.equal(vector, model[name]) for name, vector in learner.model().items())
     held = sum(t.numel() for t in learner.network.state_dict().values() if t.is_floating_point())
     assert sum(map(len, model.values())) == held
@@ -86,10 +86,10 @@ def test_statistics_of_batch_norms_are_averaged_by_image_counts() -> None:
     settings = Config.model_validate({"classifier": {"norm": "batch"}})
     server = actors.Server(settings, TASK)
     _, model, _, kept = server.start(FedAvg())
-    start = unpack(model)
-    uploads = [pack({name: vector + shift for name, vector in start.items()}) for shift in (1.0, 5.0)]
+    start = from_message(model)
+    uploads = [to_message({name: vector + shift for name, vector in start.items()}) for shift in (1.0, 5.0)]
     _, after, _, _ = server.aggregate(FedAvg(), 40, [30, 10], model, kept, *uploads)
-    for name, vector in unpack(after).items():
+    for name, vector in from_message(after).items():
         torch.testing.assert_close(vector, start[name] + 2.0)
 
 

@@ -310,7 +310,7 @@ def test_killed_anywhere_the_same_command_finishes_it(
 
     copies: list[str] = []
     die_at(Storage, "copy", lambda _, __, file: copies.append(file) or len(copies) > 4)
-    die_at(phases, "draw_images", lambda *_: True)
+    die_at(phases, "draw_data_set", lambda *_: True)
     die_at(phases, "fit_experts", lambda *_: True)
     die_at(forgetting, "read_facts", lambda storage: storage.uri == new.uri)
     # One expert that cannot be fitted is one too many.
@@ -381,8 +381,14 @@ def test_what_cannot_be_promised_is_refused_before_anything_is_touched(place: Pl
 
 
 def test_another_machines_run_is_forgotten_only_inexactly(place: Place) -> None:
-    environment = place.folder / "runs" / "small" / "environment.json"
+    run = place.folder / "runs" / "small"
+    environment = run / "environment.json"
     environment.write_text(environment.read_text().replace('"torch version": "', '"torch version": "0.'))
+    # There `auto` came to fp32; whatever it comes to here, what is kept is not made again, and the rest is made as there.
+    for name in ("config.json", "settings.json"):
+        tree = json.loads((run / name).read_text())
+        tree["generator"]["precision"] = "auto"
+        (run / name).write_text(json.dumps(tree))
     certificate = forget(only_experts(place).config(), ["client-002"], [2], OUT, asked_by="x", allow_inexact=True)
     assert [reason[:16] for reason in certificate.inexact] == ["torch version '0"]
     assert certificate.request.exclude == ("client-002/2",)
@@ -390,3 +396,8 @@ def test_another_machines_run_is_forgotten_only_inexactly(place: Place) -> None:
         ("client-002", 1)
     }
     assert SMALL["synthesis"]["images_per_class"] == sum(s.n for s in certificate.after.shards if s.label == 2)
+    assert place.config(certificate.request.successor).generator.precision == "fp32"
+    kept = [shard for shard in certificate.after.shards if shard in certificate.before.shards]
+    assert (certificate.kept["modules"], certificate.cost["spent"]["modules_trained"]) == (5, 0)
+    assert certificate.kept["units"] == len(kept) > 0
+    assert {shard.label for shard in certificate.after.shards if shard not in kept} == {2}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from fedfactory_ray.baselines.centralised import baseline_steps, for_steps
 from fedfactory_ray.baselines.client import Alone
+from fedfactory_ray.cluster.absence import replies_of
 from fedfactory_ray.cluster.stored import find_all
 from fedfactory_ray.storage.artefact import fingerprint
 from fedfactory_ray.storage.layout import classifier_folder, lone_classifier
@@ -35,7 +36,7 @@ def fit_alone(federation: Federation, listen: Callable[[int], None]) -> list[Alo
         for client in partition.clients
         if client not in done
     }
-    for there, fitted in enumerate(federation.replies(asked), len(done) + 1):
+    for there, fitted in enumerate(replies_of(asked, config), len(done) + 1):
         done[fitted.client] = fitted
         listen(there)
     return [done[client] for client in partition.clients]

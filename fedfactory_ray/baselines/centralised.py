@@ -24,8 +24,8 @@ def baseline_steps(config: Config, partition: Partition) -> int:
     of the two sets, real or synthetic."""
     recipe, held = config.classifier, [(label, len(share)) for _, label, share in partition]
     drawn = config.synthesis.images_per_class * len({label for label, _ in held})
-    images = int(max(drawn, sum(n for _, n in held)) * (1 - recipe.validation_fraction))
-    return recipe.epochs * max(1, images // recipe.batch_size)
+    n_images = int(max(drawn, sum(n for _, n in held)) * (1 - recipe.validation_fraction))
+    return recipe.epochs * max(1, n_images // recipe.batch_size)
 
 
 def for_steps(recipe: ClassifierConfig, n_images: int, steps: int) -> ClassifierConfig:
@@ -36,8 +36,8 @@ def for_steps(recipe: ClassifierConfig, n_images: int, steps: int) -> Classifier
 def reference_config(config: Config, partition: Partition) -> Config:
     """`config` with the epochs of the centralised fit."""
     recipe = config.classifier
-    images = int(sum(len(share) for _, _, share in partition) * (1 - recipe.validation_fraction))
-    longer = for_steps(recipe, images, baseline_steps(config, partition))
+    n_images = int(sum(len(share) for _, _, share in partition) * (1 - recipe.validation_fraction))
+    longer = for_steps(recipe, n_images, baseline_steps(config, partition))
     return config.model_copy(update={"classifier": longer})
 
 

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 
 from fedfactory_ray.baselines.interface import Method, Update, train_locally, weighted_mean
-from fedfactory_ray.baselines.learner import Images, Judgement, Learner, held_back, pack, unpack
+from fedfactory_ray.baselines.learner import Images, Judgement, Learner, from_message, held_back, to_message
 from fedfactory_ray.classification.batches import HeldBatches
 from fedfactory_ray.classification.fitting import Fit
 from fedfactory_ray.cluster.devices import assigned_device, prepare_process
@@ -22,6 +22,7 @@ from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.settings.sections import ClassifierConfig
 from fedfactory_ray.storage.artefact import Artefact, keep
+from fedfactory_ray.storage.checkpoints import Checkpoint, Checkpoints
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import WEIGHTS, classifier_folder, lone_classifier
 from fedfactory_ray.synthesis.shard import image_table
@@ -61,6 +62,10 @@ class MessageBytes:
 
 class Keeper:
     """An actor that writes and reads the messages of a checkpoint, which so never pass through the driver."""
+
+    def newest(self, checkpoints: Checkpoints) -> Checkpoint | None:
+        """The newest whole checkpoint: its card alone."""
+        return checkpoints.newest()
 
     def save(self, storage: Storage, file: str, message: bytes) -> str:
         """Write a message; returns the file's SHA-256."""
@@ -117,20 +122,20 @@ class FederatedClient(Keeper):
     ) -> tuple[Trained, bytes, bytes]:
         """The client's part of a round: returns scalars, its upload, and its state, which is for its next round."""
         training, _ = self.images(client)
-        received = unpack(model, self.learner.device) | unpack(extras, self.learner.device)
-        old = method.start_client(received["weights"]) if state is None else unpack(state, self.learner.device)
+        received = from_message(model, self.learner.device) | from_message(extras, self.learner.device)
+        old = method.start_client(received["weights"]) if state is None else from_message(state, self.learner.device)
         self.learner.load(received)
         seed = derive_seed(self.config.seed, "federated", client, round_)
         gradients = self.learner.gradients(training, seed)
         vectors, new = train_locally(method, received, old, gradients, method.client_lr)
         if self.learner.buffers:
             vectors = vectors | {"buffers": self.learner.model()["buffers"]}
-        upload = pack(vectors)
-        return Trained(len(training.labels), self.learner.mean_loss, len(upload)), upload, pack(new)
+        upload = to_message(vectors)
+        return Trained(len(training.labels), self.learner.mean_loss, len(upload)), upload, to_message(new)
 
     def validate(self, client: str, model: bytes) -> Judgement:
         """Judge the server's model on the client's validation images; scalars alone come back."""
-        self.learner.load(unpack(model, self.learner.device))
+        self.learner.load(from_message(model, self.learner.device))
         return self.learner.judge(self.images(client)[1])
 
     def fit_alone(self, client: str, recipe: ClassifierConfig, storage: Storage, made_of: str) -> Alone:
@@ -174,21 +179,21 @@ class Server(Keeper):
         self, method: Method, n_images: int, counts: list[int], model: bytes, kept: bytes, *uploads: bytes
     ) -> tuple[MessageBytes, bytes, bytes, bytes]:
         """After a round, given the participants' image counts and uploads in order, and the count of all images."""
-        updates = [Update(n, unpack(upload)) for n, upload in zip(counts, uploads, strict=True)]
-        server = unpack(model) | unpack(kept)
+        updates = [Update(n, from_message(upload)) for n, upload in zip(counts, uploads, strict=True)]
+        server = from_message(model) | from_message(kept)
         after = method.aggregate(server, updates, n_images)
         if "buffers" in server:
             after = after | {"buffers": weighted_mean(updates, "buffers")}
         return self._messages(method, after)
 
     def _messages(self, method: Method, server: dict[str, torch.Tensor]) -> tuple[MessageBytes, bytes, bytes, bytes]:
-        model = pack({k: v for k, v in server.items() if k in self.first})
-        kept = pack({k: v for k, v in server.items() if k not in self.first})
-        extras = pack(method.extras(server))
+        model = to_message({k: v for k, v in server.items() if k in self.first})
+        kept = to_message({k: v for k, v in server.items() if k not in self.first})
+        extras = to_message(method.extras(server))
         return MessageBytes(len(model), len(extras)), model, extras, kept
 
     def export(self, storage: Storage, file: str, model: bytes) -> str:
         """Write a model as a classifier's weights (state dict, safetensors); returns its SHA-256."""
-        self.learner.load(unpack(model))
+        self.learner.load(from_message(model))
         state = {k: v.detach().clone().contiguous() for k, v in self.learner.network.state_dict().items()}
         return storage.write(file, safetensors.torch.save(state))

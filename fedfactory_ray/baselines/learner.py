@@ -51,13 +51,13 @@ def held_back(share: dict[int, np.ndarray], every: int) -> tuple[dict[int, np.nd
     return training, validation
 
 
-def pack(vectors: Vectors) -> bytes:
+def to_message(vectors: Vectors) -> bytes:
     """Vectors as safetensors: what travels and what rests. No vectors, no bytes."""
     return safetensors.torch.save({k: v.cpu().contiguous() for k, v in vectors.items()}) if vectors else b""
 
 
-def unpack(message: bytes, device: torch.device | str = "cpu") -> Vectors:
-    """Inverse of `pack`."""
+def from_message(message: bytes, device: torch.device | str = "cpu") -> Vectors:
+    """Inverse of `to_message`."""
     return {k: v.to(device) for k, v in safetensors.torch.load(message).items()} if message else {}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
@@ -15,7 +15,7 @@ from fedfactory_ray.baselines.client import FederatedClient, MessageBytes, Serve
 from fedfactory_ray.baselines.interface import Method
 from fedfactory_ray.baselines.learner import Judgement, held_back
 from fedfactory_ray.baselines.methods import determining
-from fedfactory_ray.cluster.absence import Absence
+from fedfactory_ray.cluster.absence import gather
 from fedfactory_ray.cluster.plan import Worker, place, placement, start_actor
 from fedfactory_ray.cluster.stored import find_all
 from fedfactory_ray.data.partition import Partition
@@ -26,13 +26,11 @@ from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.artefact import Artefact, fingerprint, keep
 from fedfactory_ray.storage.checkpoints import Checkpoints
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import WEIGHTS, classifier_folder, method_folder
+from fedfactory_ray.storage.layout import WEIGHTS, classifier_folder, message_file, method_folder, state_file
 
 MESSAGES = ("model", "extras", "kept", "best")
 """The server's, in a checkpoint."""
 log = logging.getLogger(__name__)
-LOOK_SECONDS = 1.0
-"""How often it is looked whether a client's task failed, or its silo is away, while others are at work."""
 
 
 @dataclass(frozen=True)
@@ -233,8 +231,7 @@ class Federation:
         )
         judged = [self.slot[client].validate.remote(client, state.model) for client in self.partition.clients]
         asked = dict(zip([*told, *judged], [*clients, *self.partition.clients], strict=True))
-        for _ in self.replies(asked):
-            pass  # until everybody has replied, or somebody cannot
+        gather(asked, self.config)  # until everybody has replied, or somebody cannot
         trained: list[Trained] = ray.get(told)
         judgements: list[Judgement] = ray.get(judged)
         state.sizes = ray.get(sizes)
@@ -257,22 +254,17 @@ class Federation:
         state.history.append(done)
         return done
 
-    def replies(self, asked: Mapping[Any, str]) -> Iterator[Any]:
-        """See `replies_of`."""
-        return replies_of(asked, self.config)
-
     def _save(self, checkpoints: Checkpoints, state: _State) -> None:
         """Write a checkpoint: messages and the clients' vectors where they are, what names them here."""
         number, messages = len(state.history), (state.model, state.extras, state.kept, state.best)
-        kept = [(f"{name}.safetensors", "", self.server, m) for name, m in zip(MESSAGES, messages, strict=True)]
-        kept += [(_file(client), client, self.slot[client], vectors) for client, vectors in state.clients.items()]
+        kept = [(message_file(name), "", self.server, m) for name, m in zip(MESSAGES, messages, strict=True)]
+        kept += [(state_file(client), client, self.slot[client], vectors) for client, vectors in state.clients.items()]
         asked = {
             actor.save.remote(self.storage, checkpoints.file(number, file), message): (file, client)
             for file, client, actor, message in kept
         }
-        for _ in self.replies({reply: client for reply, (_, client) in asked.items()}):
-            pass
-        digests = {file: ray.get(reply) for reply, (file, _) in asked.items()}
+        written = gather({reply: client for reply, (_, client) in asked.items()}, self.config)
+        digests = {file: digest for (file, _), digest in zip(asked.values(), written, strict=True)}
         checkpoints.seal(
             number,
             digests,
@@ -285,7 +277,7 @@ class Federation:
         )
 
     def _resume(self, checkpoints: Checkpoints) -> _State | None:
-        newest = checkpoints.newest()
+        newest = ray.get(self.server.newest.remote(checkpoints))
         if newest is None:
             return None
         log.info("the rounds go on from round %d of %d", newest.step, self.config.federated.rounds)
@@ -293,26 +285,8 @@ class Federation:
         def load(actor: Any, file: str) -> Any:
             return actor.load.remote(self.storage, checkpoints.file(newest.step, file))
 
-        model, extras, kept, best = (load(self.server, f"{name}.safetensors") for name in MESSAGES)
-        clients = {client: load(self.slot[client], _file(client)) for client in newest.state["clients"]}
+        model, extras, kept, best = (load(self.server, message_file(name)) for name in MESSAGES)
+        clients = {client: load(self.slot[client], state_file(client)) for client in newest.state["clients"]}
         history = [Round(**line) for line in newest.state["history"]]
         sizes = MessageBytes(**newest.state["sizes"])
         return _State(model, extras, kept, best, sizes, newest.state["chosen"], clients, history)
-
-
-def _file(client: str) -> str:
-    return f"client-{client}.safetensors"
-
-
-def replies_of(asked: Mapping[Any, str], config: Config) -> Iterator[Any]:
-    """The values of the references `asked`, as they come; each is given by a client.
-
-    Raises what a client's task raised, or ResourcesError when the silo of one that has not replied stays away.
-    """
-    waiting, away = list(asked), Absence(config)
-    while waiting:
-        ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_SECONDS, fetch_local=False)
-        yield from ray.get(ready)
-        for client, refusal in away.given_up(asked[reference] for reference in waiting).items():
-            log.warning("%s is given up: %s", client, refusal)
-            raise refusal

@@ -21,11 +21,9 @@ from fedfactory_ray.data.transforms import to_tensor
 from fedfactory_ray.schedule import warmup_cosine
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.sections import ClassifierConfig
-from fedfactory_ray.storage.layout import WEIGHTS
+from fedfactory_ray.storage.layout import PROGRESS, STATE, WEIGHTS
 
 WARMUP = 0.05
-STATE, PROGRESS = "state.pt", "fit.json"
-"""Files of a checkpoint, beside the best weights: what continues the fit; step, best epoch and history."""
 
 
 @dataclass(frozen=True)

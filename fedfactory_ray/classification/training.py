@@ -21,7 +21,7 @@ import ray.train.torch
 from ray.util.queue import Queue
 
 from fedfactory_ray.classification.batches import Batches, HeldBatches, StreamedBatches, keep_side
-from fedfactory_ray.classification.fitting import PROGRESS, Epoch
+from fedfactory_ray.classification.fitting import Epoch
 from fedfactory_ray.classification.rows import Rows
 from fedfactory_ray.cluster.plan import Worker
 from fedfactory_ray.cluster.stored import find_all
@@ -30,7 +30,7 @@ from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.artefact import Artefact, fingerprint, keep
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import WEIGHTS, classifier_folder, trainer_folder
+from fedfactory_ray.storage.layout import PROGRESS, WEIGHTS, classifier_folder, trainer_folder
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = "0.5"

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import ray
 
 from fedfactory_ray.cluster.plan import refuse_unknown_places
 from fedfactory_ray.errors import ResourcesError
 from fedfactory_ray.settings.config import Config
+
+LOOK_SECONDS = 1.0
+"""How often it is looked whether a client's task failed, or its silo is away, while others are at work."""
 
 
 class Absence:
@@ -33,3 +39,23 @@ class Absence:
     def heard(self, client: str) -> None:
         """Count anew: the client has told something."""
         self.since.pop(client, None)
+
+
+def replies_of(asked: Mapping[Any, str], config: Config) -> Iterator[Any]:
+    """The values of the references `asked`, as they come; each is given by a client.
+
+    Raises what a client's task raised, or ResourcesError when the silo of one that has not replied stays away.
+    """
+    waiting, away = list(asked), Absence(config)
+    while waiting:
+        ready, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=LOOK_SECONDS, fetch_local=False)
+        yield from ray.get(ready)
+        for refusal in away.given_up(asked[reference] for reference in waiting).values():
+            raise refusal
+
+
+def gather(asked: Mapping[Any, str], config: Config) -> list[Any]:
+    """All values of the references `asked`, in their order; see `replies_of`."""
+    for _ in replies_of(asked, config):
+        pass
+    return list(ray.get(list(asked)))

@@ -61,7 +61,6 @@ class Slots:
                         self._stop(actor)
                         error = ActorUnschedulableError(f"for {patience:g} s no node may read the silo of {client}")
                         error.__cause__ = away[client]
-                        log.warning("%s is given up: %s", client, reason(error))
                         fail(client, error, True)
                     continue
                 (stream,) = ready

@@ -37,7 +37,7 @@ def look_all(storage: Storage, kind: type[K], wanted: Mapping[str, str]) -> dict
     return {place: found[place] for place in candidates}
 
 
-# No CPU, for actors may hold all of them; the default strategy, else it waits for room in a tuner's placement group.
-@ray.remote(num_cpus=0, scheduling_strategy="DEFAULT")
+# No CPU, for actors may hold all of them. Spread, else all run on the driver's node, or wait for a trial's own room.
+@ray.remote(num_cpus=0, scheduling_strategy="SPREAD")
 def _look(storage: Storage, kind: type[K], wanted: dict[str, str]) -> dict[str, Found[K]]:
     return {place: look(storage, kind, place, fingerprint) for place, fingerprint in wanted.items()}

@@ -104,7 +104,7 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
         if draws:
             modules = phases.train_modules(session, listeners)
             listeners.end_clients()
-            manifest = phases.draw_images(session, listeners, modules)
+            manifest = phases.draw_data_set(session, listeners, modules)
             if FACTORY in methods:
                 lines[FACTORY], folders[FACTORY] = run_factory(session, listeners, modules, manifest)
             if FACTORY_II in methods:

@@ -18,7 +18,7 @@ from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.artefact import find, fingerprint, keep
 from fedfactory_ray.storage.checkpoints import Checkpoints
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import WEIGHTS, checkpoints_folder, module_folder
+from fedfactory_ray.storage.layout import SNAPSHOT, WEIGHTS, checkpoints_folder, module_folder
 
 if TYPE_CHECKING:
     import torch
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from fedfactory_ray.classification.fitting import Epoch
     from fedfactory_ray.data.source import Source
     from fedfactory_ray.federation.expert import Assignment, Expert
-
-SNAPSHOT = "training.safetensors"
 
 
 @dataclass(frozen=True)
@@ -137,11 +135,12 @@ def train_share(
             seed=seed,
             images_sha256=fingerprint(pixels),
         )
+        checkpoints = Checkpoints(storage, checkpoints_folder(folder), fingerprint(made_of, device.type))
         there = find(storage, ModuleCard, folder, made_of)
         if there is not None:
+            checkpoints.delete()  # of a process that was killed at its very end
             yield there, storage.read(f"{folder}/{WEIGHTS}"), 0.0
             continue
-        checkpoints = Checkpoints(storage, checkpoints_folder(folder), fingerprint(made_of, device.type))
         newest, content = checkpoints.newest(), None
         if newest is not None:
             content = checkpoints.read(newest, SNAPSHOT)

@@ -17,7 +17,7 @@ from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import CARD, MODULE_CARD, MODULES, WEIGHTS, module_folder
 
 
-def read_cards(uri: str, info: DataInfo) -> list[ModuleCard]:
+def offered_cards(uri: str, info: DataInfo) -> list[ModuleCard]:
     """The cards of the modules below `uri` (`modules/<client>/class-<y>/`), each fit for the data set `info`.
 
     Raises DataMissingError where there is none, ModuleRefusedError for a card that cannot be trusted.

@@ -79,6 +79,8 @@ def collect_experts(
             missing[client] = reason(error)
         if len(missing) == len(assignments):
             raise error
+        if last:
+            log.warning("expert of %s is missing, the product is without it: %s", client, missing[client])
         return not last
 
     Slots(config, worker, lambda client: start_client(config, worker, storage, client)).serve(

@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayActorError, RayError
 
+from fedfactory_ray.cluster.absence import gather
 from fedfactory_ray.cluster.plan import Worker, place, placement
 from fedfactory_ray.cluster.slots import Slots
 from fedfactory_ray.cluster.stored import find_all
@@ -18,7 +19,7 @@ from fedfactory_ray.generation.card import ModuleCard, ModuleHandle, Modules, mo
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import MODULES, module_folder
+from fedfactory_ray.storage.layout import MODULES, checkpoints_folder, module_folder
 
 log = logging.getLogger(__name__)
 Listener = Callable[[Progress | Upload], None]
@@ -39,7 +40,10 @@ def stored_modules(config: Config, partition: Partition, worker: Worker, storage
         )
         for client, label in keys
     }
-    return {card.key: ModuleHandle(card) for card in find_all(storage, ModuleCard, wanted).values()}
+    found = find_all(storage, ModuleCard, wanted)
+    for folder in {name.rpartition("/checkpoints/")[0] for name in there} & found.keys():
+        storage.delete_folder(checkpoints_folder(folder))  # of a process that was killed at its very end
+    return {card.key: ModuleHandle(card) for card in found.values()}
 
 
 def _precisions(config: Config, worker: Worker, clients: list[str]) -> dict[str, str]:
@@ -49,7 +53,7 @@ def _precisions(config: Config, worker: Worker, clients: list[str]) -> dict[str,
     if precision != "auto":
         return dict.fromkeys(places, precision)
     asked = [_auto.options(**worker.options, **placement(config, client)).remote() for client in places.values()]
-    return dict(zip(places, ray.get(asked), strict=True))
+    return dict(zip(places, gather(dict(zip(asked, places.values(), strict=True)), config), strict=True))
 
 
 @ray.remote

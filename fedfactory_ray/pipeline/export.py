@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +17,9 @@ from fedfactory_ray.pipeline.session import claim
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import MODULES
-from fedfactory_ray.tracking.progress import Bars
+from fedfactory_ray.tracking.progress import Bars, log_lines
+
+log = logging.getLogger(__name__)
 
 
 def export_modules(
@@ -57,9 +60,11 @@ def export_modules(
     total = sum(config.generator.steps(len(indices)) for indices in share.values())
     done: dict[int, int] = {}
     trained = set()
-    with Bars(console, f"training modules of {client}", total, "steps") as shown:
+    with log_lines(console), Bars(console, f"training modules of {client}", total, "steps") as shown:
         for event in train_share(config, source, client, share, where, storage):
-            if isinstance(event, Progress):
+            if isinstance(event, Progress) and event.resumed:
+                log.info("%s, class %d: goes on from step %d of %d", client, event.label, event.step, event.steps)
+            elif isinstance(event, Progress):
                 trained.add(event.label)
                 done[event.label] = event.step
                 shown.update(sum(done.values()), f"class {event.label} loss {event.loss:.3f}")

@@ -133,9 +133,8 @@ class ExpertsListener(Bars):
         self.update(sum(self.done.values()))
 
     def finish(self, experts: Experts) -> None:
-        """Name those that are missing."""
+        """Log which are missing."""
         for client, reason in experts.missing.items():
-            self.console.print(f"expert of {client} is missing, the product is without it: {reason}", markup=False)
             self.logged.result().tag(f"missing_expert.{client}", reason)
             if client in self.curves:
                 self.curves[client].run.end("FAILED")

@@ -51,7 +51,7 @@ def run_phases(session: Session, listeners: Listeners) -> Report:
     """All phases in an open session; what stands in its storage and verifies is not made again."""
     config = session.config
     modules = train_modules(session, listeners)
-    manifest = draw_images(session, listeners, modules)
+    manifest = draw_data_set(session, listeners, modules)
     classifiers = {}
     if config.architecture != "decentralised":
         classifiers[METHOD] = fit_classifier(session, listeners, METHOD, config, synthetic_rows(session, manifest))
@@ -78,7 +78,7 @@ def train_modules(session: Session, listeners: Listeners) -> Modules:
     return modules
 
 
-def draw_images(session: Session, listeners: Listeners, modules: Modules) -> list[Shard]:
+def draw_data_set(session: Session, listeners: Listeners, modules: Modules) -> list[Shard]:
     """A class-balanced data set is drawn from the modules."""
     from fedfactory_ray.synthesis.synthesize import synthesize
 

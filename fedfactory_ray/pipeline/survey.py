@@ -7,11 +7,13 @@ from dataclasses import replace
 import numpy as np
 import ray
 
+from fedfactory_ray.cluster.absence import gather
 from fedfactory_ray.cluster.plan import placement, refuse_unknown_places
 from fedfactory_ray.data.partition import Partition, held_elsewhere, make_partition, own_indices, still_held
-from fedfactory_ray.data.source import DataInfo
+from fedfactory_ray.data.readers import open_source
+from fedfactory_ray.data.source import DataInfo, inspect
 from fedfactory_ray.errors import DataInvalidError, PartitionError
-from fedfactory_ray.federation.exchange import read_cards
+from fedfactory_ray.federation.exchange import offered_cards
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.artefact import fingerprint
@@ -29,7 +31,7 @@ def survey(config: Config) -> tuple[DataInfo, Partition, list[ModuleCard]]:
     info, labels = ray.get(_inspect.remote(config))
     excluded = config.partition.exclude
     if config.modules is not None:
-        cards = read_cards(config.modules, info)
+        cards = offered_cards(config.modules, info)
         partition = held_elsewhere({card.key: card.n_images for card in cards}, info.classes)
         partition = partition.without(still_held(partition, excluded))
         return info, partition, [card for card in cards if card.label in partition.shares.get(card.client, {})]
@@ -50,12 +52,13 @@ def _natural(config: Config, info: DataInfo) -> Partition:
         )
     taking_part = [silo for silo in config.partition.silos if silo.name not in excluded]
     refuse_unknown_places(taking_part)
-    asked = [
-        _inspect_silo.options(**placement(config, silo.name)).remote(config, silo.name, info) for silo in taking_part
-    ]
+    asked = {
+        _inspect_silo.options(**placement(config, silo.name)).remote(config, silo.name, info): silo.name
+        for silo in taking_part
+    }
     counts = {
-        (silo.name, label): n
-        for silo, found in zip(taking_part, ray.get(asked), strict=True)
+        (client, label): n
+        for client, found in zip(asked.values(), gather(asked, config), strict=True)
         for label, n in enumerate(found)
         if n
     }
@@ -79,8 +82,11 @@ def read_images(config: Config, partition: Partition, info: DataInfo) -> Partiti
             room = READ_AT_ONCE
         parts[-1].append((client, label, places))
         room -= size
-    asked = [_read_images.options(**placement(config, part[0][0])).remote(config, info, part) for part in parts]
-    return replace(partition, images_sha256={key: digest for told in ray.get(asked) for key, digest in told.items()})
+    asked = {
+        _read_images.options(**placement(config, part[0][0])).remote(config, info, part): part[0][0] for part in parts
+    }
+    found = {key: digest for told in gather(asked, config) for key, digest in told.items()}
+    return replace(partition, images_sha256=found)
 
 
 @ray.remote
@@ -88,8 +94,6 @@ def _read_images(
     config: Config, info: DataInfo, shares: list[tuple[str, int, np.ndarray]]
 ) -> dict[tuple[str, int], str]:
     """Fingerprints of the images of shares (client, class, places) that lie in one source."""
-    from fedfactory_ray.data.readers import open_source
-
     source = open_source(config.data_of(shares[0][0]), info.class_names)
     indices = [own_indices(config, source, label, places) for _, label, places in shares]
     images = np.split(source.images("train", np.concatenate(indices)), np.cumsum([len(i) for i in indices])[:-1])
@@ -98,18 +102,12 @@ def _read_images(
 
 @ray.remote
 def _inspect(config: Config) -> tuple[DataInfo, np.ndarray]:
-    from fedfactory_ray.data.readers import open_source
-    from fedfactory_ray.data.source import inspect
-
     return inspect(open_source(config.data), trains=not config.apart)
 
 
 @ray.remote
 def _inspect_silo(config: Config, client: str, info: DataInfo) -> list[int]:
     """Number of training images of each class of a natural silo."""
-    from fedfactory_ray.data.readers import open_source
-    from fedfactory_ray.data.source import inspect
-
     source = open_source(config.data_of(client), info.class_names)
     found, labels = inspect(source, trains=False, tests=False)
     if not len(labels):

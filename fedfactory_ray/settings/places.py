@@ -1,5 +1,5 @@
-"""The sections that tell where a run happens and is kept; but for threads and the number of workers, they determine no
-byte of it."""
+"""The sections that tell where a run happens and is kept. Of these, bytes depend on threads, on the number of workers,
+and on whether a training set is held in memory."""
 
 from __future__ import annotations
 

@@ -59,6 +59,7 @@ def _published(source: str, **changes: dict[str, Any]) -> dict[str, Any]:
         "sampler": PUBLISHED_SAMPLER,
         "synthesis": {"images_per_class": 10_000, "batch_size": 500, "unit_size": 1000},
         "classifier": PUBLISHED_CLASSIFIER,
+        "storage": {"checkpoint_epochs": 20},
     }
     return {name: values | changes.get(name, {}) for name, values in sections.items()}
 

@@ -25,7 +25,8 @@ def fingerprint(*parts: Any) -> str:
     """SHA-256, in hexadecimal, of `parts`: of their JSON with sorted keys, arrays counting by dtype, shape and bytes.
 
     Parts are None, booleans, numbers, strings, NumPy arrays, and lists, tuples and dictionaries (by string) of these.
-    Raises TypeError for any other value: taken by its text, it would tell nothing apart, or the same apart.
+    Raises TypeError for any other value, and ValueError for numbers that are not finite: taken by its text, a value
+    would tell nothing apart, or the same apart.
     """
     return hashlib.sha256(json.dumps(_canonical(parts), sort_keys=True, allow_nan=False).encode()).hexdigest()
 
@@ -112,16 +113,19 @@ class Artefact:
     @classmethod
     def from_tree(cls, tree: dict[str, Any]) -> Self:
         """The card that `tree`, JSON values, tells of. Raises CardError."""
-        tree = dict(tree)
-        version, kind = tree.pop("format", 0), tree.pop("kind", cls.kind)
-        if version == 0 and "sha256" in tree:
-            tree["files"] = {WEIGHTS: tree.pop("sha256")}
-        tree = {cls.renamed.get(name, name) if version == 0 else name: value for name, value in tree.items()}
+        version, kind = tree.get("format", 0), tree.get("kind", cls.kind)
+        tree = {name: value for name, value in tree.items() if name not in ("format", "kind")}
+        if version == 0:
+            # What determined it was noted in another way, and not wholly.
+            tree = {cls.renamed.get(name, name): value for name, value in tree.items() if name != "fingerprint"}
+            tree |= {"files": {WEIGHTS: tree.pop("sha256")}} if "sha256" in tree else {}
         known = {field.name: field for field in fields(cls)}
         needed = {name for name, field in known.items() if field.default is field.default_factory is MISSING}
-        if kind != cls.kind or tree.keys() - known.keys():
-            strange = ", ".join(sorted(tree.keys() - known.keys())) or f"kind {kind!r}"
-            raise CardError(cls.kind, f"{strange} of format {version}, where {FORMAT} is known", newer=version > FORMAT)
+        unknown = ", ".join(sorted(tree.keys() - known.keys()))
+        if version not in range(FORMAT + 1):
+            raise CardError(cls.kind, f"format {version!r} ({unknown}), where {FORMAT} is known", newer=True)
+        if kind != cls.kind or unknown:
+            raise CardError(cls.kind, unknown or f"the kind {kind!r}")
         if needed - tree.keys():
             raise CardError(cls.kind, f"nothing of {', '.join(sorted(needed - tree.keys()))}")
         try:

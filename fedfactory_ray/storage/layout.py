@@ -12,6 +12,11 @@ CENTRALISED, LOCAL = "centralised", "local"
 CARD, WEIGHTS = "card.json", "model.safetensors"
 """Files of an artefact's folder: what it is, written last; and its weights."""
 
+SNAPSHOT = "training.safetensors"
+"""The file of a checkpoint of a module's training."""
+STATE, PROGRESS = "state.pt", "fit.json"
+"""Files of a checkpoint of a fit, beside the best weights: what continues it; step, best epoch and history."""
+
 CONFIG, SETTINGS = "config.json", "settings.json"
 """The settings that determine the run, which claim its folder; and the whole configuration of its last start."""
 PARTITION, INDICES = "partition.json", "partition.parquet"
@@ -27,7 +32,7 @@ PENDING, FORGETTING, FORGOTTEN = "pending.json", "forgetting.json", "forgotten.j
 finished; and all that is left of a run which had to forget, beside CERTIFICATE, AUDIT and SETTINGS."""
 CERTIFICATE, AUDIT = "certificate.json", "audit.jsonl"
 """How a request was fulfilled, in the successor; and a line for each request, in both runs."""
-TRIAL, BEST = "trial.json", "best.yaml"
+TRIAL, BEST_CONFIG = "trial.json", "best.yaml"
 """A trial's reports; a study's best configuration."""
 FILES = frozenset(
     (
@@ -88,3 +93,33 @@ def checkpoint_folder(folder: str, step: int) -> str:
 def trainer_folder(name: str, fingerprint: str) -> str:
     """Where Ray Train keeps checkpoints of a classifier's fit."""
     return f"train-{name}-{fingerprint[:16]}"
+
+
+def message_file(name: str) -> str:
+    """A message of the server of a federated method, in a checkpoint."""
+    return f"{name}.safetensors"
+
+
+def state_file(client: str) -> str:
+    """What a client of a federated method keeps between rounds, in a checkpoint."""
+    return f"client-{client}.safetensors"
+
+
+def study_name(method: str, run: str) -> str:
+    """Name of the study that tunes a method on the data of a run."""
+    return f"tune-{method}-{run}"
+
+
+def trial_folder(settings: str) -> str:
+    """Where a study keeps a trial of these settings, by their short name."""
+    return f"trial-{settings}"
+
+
+def shared_folder(kind: str, settings: str) -> str:
+    """Where a study keeps what trials share, `modules` or `images`, by the short name of the settings."""
+    return f"{kind}-{settings}"
+
+
+def retrained_folder(token: str) -> str:
+    """Where a run is made again, for a comparison."""
+    return f"retrain-{token}"

@@ -31,9 +31,11 @@ class Unit:
         """Name of the unit's Parquet file in a run's storage."""
         return unit_file(self.client, self.label, self.index)
 
-    def fingerprint(self, config: Config) -> str:
-        """What determines its images: the module, how it is drawn from, noise and number."""
-        drawing = [config.sampler.model_dump(mode="json"), config.synthesis.batch_size, config.generator.precision]
+    def fingerprint(self, config: Config, card: ModuleCard) -> str:
+        """What determines its images: the module, of that card, how it is drawn from, noise and number. What `auto`
+        comes to is told by the module: it was trained in that arithmetic."""
+        precision = card.precision if config.generator.precision == "auto" else config.generator.precision
+        drawing = [config.sampler.model_dump(mode="json"), config.synthesis.batch_size, precision]
         return fingerprint("unit", asdict(self), drawing, config.resources.synthesis.threads)
 
 

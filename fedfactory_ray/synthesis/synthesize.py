@@ -74,9 +74,11 @@ class Synthesizer:
         """Draw a unit and write its file."""
         from fedfactory_ray.generation.sampling import draw_images
 
-        denoiser, size = self.denoiser((unit.client, unit.label)), self.config.synthesis.batch_size
-        images = draw_images(denoiser, self.config.sampler, unit.n, size, unit.seed, self.device, self.precision)
-        return write_shard(self.target, unit, images, unit.fingerprint(self.config))
+        key, size = (unit.client, unit.label), self.config.synthesis.batch_size
+        images = draw_images(
+            self.denoiser(key), self.config.sampler, unit.n, size, unit.seed, self.device, self.precision
+        )
+        return write_shard(self.target, unit, images, unit.fingerprint(self.config, self.modules[key].card))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Draw the batch's units, a row each; returns a column a field of their shards, and where they were drawn."""
@@ -98,13 +100,10 @@ def synthesize(
 
     `listen` is told of every unit. The manifest's order is the plan's, whatever order units end in.
     """
-    units = make_units(
-        (handle.card for handle in modules.values()),
-        config.synthesis.images_per_class,
-        config.synthesis.unit_size,
-        config.seed,
-    )
-    shards = find_all(storage, Shard, {unit.file: unit.fingerprint(config) for unit in units})
+    synthesis, cards = config.synthesis, {key: handle.card for key, handle in modules.items()}
+    units = make_units(cards.values(), synthesis.images_per_class, synthesis.unit_size, config.seed)
+    wanted = {unit.file: unit.fingerprint(config, cards[unit.client, unit.label]) for unit in units}
+    shards = find_all(storage, Shard, wanted)
     n_images = sum(shard.n for shard in shards.values())
     listen(UnitDrawn(n_images, None))
     missing = [asdict(unit) for unit in units if unit.file not in shards]
@@ -113,8 +112,7 @@ def synthesize(
             Synthesizer,
             batch_size=1,
             compute=ray.data.ActorPoolStrategy(size=min(worker.slots, len(missing))),
-            num_cpus=worker.num_cpus,
-            num_gpus=worker.num_gpus,
+            **worker.options,
             fn_constructor_args=(config, worker.threads, storage, modules),
         )
         for row in drawing.iter_rows():

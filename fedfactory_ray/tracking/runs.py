@@ -225,7 +225,7 @@ FOLDER = "fedfactory.folder"
 
 def start_run(config: Config, name: str, folder: str, parent: str | None = None) -> Run:
     """Start a job's run, tagged with its `folder`, below the run of id `parent` if there is one; log every setting."""
-    client, experiment_id = connect(config)
+    client, experiment_id = tracking_client(config)
     tags = {FOLDER: folder} | ({"mlflow.parentRunId": parent} if parent else {})
     created = client.create_run(experiment_id, run_name=name, tags=tags)
     run = Run(client, experiment_id, created.info.run_id)
@@ -233,7 +233,7 @@ def start_run(config: Config, name: str, folder: str, parent: str | None = None)
     return run
 
 
-def connect(config: Config) -> tuple[MlflowClient, str]:
+def tracking_client(config: Config) -> tuple[MlflowClient, str]:
     """A client of the configured tracking server, and the id of the experiment.
 
     A new experiment of a sqlite store keeps its files in mlruns/ beside the store, not where the job happens to run.

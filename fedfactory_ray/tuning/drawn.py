@@ -16,7 +16,7 @@ from fedfactory_ray.pipeline.listeners import Listeners
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.artefact import fingerprint
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import WEIGHTS
+from fedfactory_ray.storage.layout import WEIGHTS, shared_folder
 from fedfactory_ray.synthesis.plan import make_units
 from fedfactory_ray.synthesis.shard import Shard, manifest_digest
 
@@ -98,17 +98,17 @@ def short(settings: Mapping[str, Any]) -> str:
 def make_drawn(sessions: Sequence[Session]) -> dict[str, SharedImages]:
     """Train the modules and draw the images for these sessions, one a trial, all with the same storage; returns them by
     `settings_of_images`. What several share is made once, and what is there and verifies is not made."""
-    from fedfactory_ray.pipeline.phases import draw_images
+    from fedfactory_ray.pipeline.phases import draw_data_set
 
     modules: dict[str, Modules] = {}
     drawn: dict[str, SharedImages] = {}
     for session in sorted(sessions, key=lambda session: -session.config.synthesis.images_per_class):
         by_modules, by_images = settings_of_modules(session.config), settings_of_images(session.config)
         if by_modules not in modules:
-            modules[by_modules] = share_modules(session, f"modules-{by_modules}")
+            modules[by_modules] = share_modules(session, shared_folder("modules", by_modules))
         if by_images not in drawn:
-            inner = _within(session, f"images-{by_images}")
-            manifest = draw_images(inner, Listeners(inner.console, inner.logged), modules[by_modules])
+            inner = _within(session, shared_folder("images", by_images))
+            manifest = draw_data_set(inner, Listeners(inner.console, inner.logged), modules[by_modules])
             inner.run.end()
             drawn[by_images] = SharedImages(inner.storage, [h.card for h in modules[by_modules].values()], manifest)
     return drawn

@@ -10,7 +10,7 @@ from io import StringIO
 from rich.console import Console
 from rich.table import Table
 
-from fedfactory_ray.storage.layout import BEST
+from fedfactory_ray.storage.layout import BEST_CONFIG
 from fedfactory_ray.tracking.runs import Run
 from fedfactory_ray.tuning.record import Outcome, Record
 from fedfactory_ray.tuning.search import overrides
@@ -86,7 +86,7 @@ def log_study(run: Run, study: Study, best: str) -> None:
     Console(file=text, width=160).print(study_table(study))
     run.text(text.getvalue(), "trials.txt")
     run.json([asdict(line) for line in study.lines], "trials.json")
-    run.text(best, BEST)
+    run.text(best, BEST_CONFIG)
     run.tag("best", study.best)
     if study.lines[0].accuracy is not None:
         run.metrics({"accuracy": study.lines[0].accuracy})

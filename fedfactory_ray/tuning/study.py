@@ -24,7 +24,7 @@ from fedfactory_ray.pipeline.session import Session, find_refusal, open_session,
 from fedfactory_ray.pipeline.survey import read_images, survey
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import BEST, CENTRALISED, METHOD, TRIAL, TUNE
+from fedfactory_ray.storage.layout import BEST_CONFIG, CENTRALISED, METHOD, TRIAL, TUNE, study_name, trial_folder
 from fedfactory_ray.synthesis.plan import check_validation
 from fedfactory_ray.tracking.progress import Bars
 from fedfactory_ray.tracking.runs import Run
@@ -67,9 +67,9 @@ class Trial:
     def name(self) -> str:
         """Unique to all that determines the trial's result."""
         if self.method not in METHODS:
-            return f"trial-{short(self.config.determining())}"
+            return trial_folder(short(self.config.determining()))
         method = METHODS[self.method](self.config.federated)
-        return f"trial-{short(settings_of_shares(self.config) | determining(self.config, method))}"
+        return trial_folder(short(settings_of_shares(self.config) | determining(self.config, method)))
 
 
 def make_trials(config: Config, method: str, search: Sequence[str], trials: int | None) -> list[Trial]:
@@ -121,7 +121,7 @@ def run_study(
     if concurrent < 1:
         raise ConfigError([f"--concurrent: found {concurrent}, needed at least 1"])
     with open_session(
-        config.model_copy(update={"name": f"tune-{method}-{run_name(config)}"}), console, draws=False
+        config.model_copy(update={"name": study_name(method, run_name(config))}), console, draws=False
     ) as session:
         worker = plan_worker(session, method, concurrent)
         storages = [session.storage.within(trial.name) for trial in made]
@@ -137,7 +137,7 @@ def run_study(
         study = Study(session.name, session.storage.uri, method, unit, lines)
         best = configured(config, lines[0].settings).model_dump(mode="json", exclude={"name"})
         text = yaml.safe_dump(best, sort_keys=False)
-        session.storage.write(BEST, text.encode())
+        session.storage.write(BEST_CONFIG, text.encode())
         log_study(session.run, study, text)
     return study
 

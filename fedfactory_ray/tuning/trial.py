@@ -56,13 +56,13 @@ def run_trial(chosen: Mapping[str, int], jobs: Mapping[int, Job]) -> None:
         if record.add(report):
             tune.report(asdict(report))
 
-    accuracy, loss = (run_classifier if job.method in (METHOD, CENTRALISED) else run_federated)(job, tell)
+    accuracy, loss = (run_classifier if job.method in (METHOD, CENTRALISED) else run_method)(job, tell)
     assert record.last is not None
     whole = replace(record.last, accuracy=accuracy, loss=loss, seconds=time.monotonic() - began, whole=True)
     tune.report(asdict(whole))
 
 
-def run_federated(job: Job, tell: Tell) -> tuple[float, float]:
+def run_method(job: Job, tell: Tell) -> tuple[float, float]:
     """A federated method; returns accuracy and loss of the chosen round on the clients' validation images."""
     from fedfactory_ray.baselines.methods import METHODS
     from fedfactory_ray.baselines.rounds import Federation, Round

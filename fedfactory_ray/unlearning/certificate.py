@@ -10,10 +10,10 @@ from typing import Any
 from fedfactory_ray.generation.samplers import network_evaluations
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import AUDIT, METHOD
+from fedfactory_ray.storage.layout import AUDIT, METHOD, MODULES
+from fedfactory_ray.synthesis.shard import Shard
 from fedfactory_ray.unlearning.facts import Facts, weights
 from fedfactory_ray.unlearning.request import Request
-from fedfactory_ray.unlearning.reuse import Reuse
 
 OURS = ("reuse", "modules", "synthesis", f"classifier ({METHOD})", "experts", "evaluation", "logging", "deletion")
 
@@ -62,41 +62,45 @@ def what_went(before: Facts, after: Facts) -> dict[str, list[dict[str, Any]]]:
         "weights": [
             {"file": name, "sha256": digest}
             for name, digest in weights(before).items()
-            if (name, digest) not in files and not name.startswith("modules/")
+            if (name, digest) not in files and not name.startswith(f"{MODULES}/")
         ],
     }
 
 
+def what_stayed(before: Facts, after: Facts) -> dict[str, int]:
+    """How much of the old run the new one has as it was, what determined it included."""
+    units = [shard for shard in after.shards if shard in before.shards]
+    return {
+        "modules": sum(card in before.cards for card in after.cards),
+        "units": len(units),
+        "images": sum(shard.n for shard in units),
+        "classifiers": int(after.classifier is not None and after.classifier == before.classifier),
+        "experts": sum(expert == before.experts.get(client) for client, expert in after.experts.items()),
+    }
+
+
 def cost(
-    config: Config,
-    reuse: Reuse,
-    before: Facts,
-    after: Facts,
-    seconds: dict[str, float],
-    original: dict[str, Any] | None,
+    config: Config, before: Facts, after: Facts, seconds: dict[str, float], original: dict[str, Any] | None
 ) -> dict[str, Any]:
     """What forgetting cost, absolutely and as a fraction of the first run. After repeated forgetting that is the very
     first run: the `original` of the old certificate."""
     each, batch = network_evaluations(config.sampler.solver, config.sampler.evaluations), config.synthesis.batch_size
 
-    def evaluations(images: Sequence[int]) -> int:
-        return sum(-(-n // batch) * batch * each for n in images)  # a last batch is filled up
+    def work(phases: dict[str, float], facts: Facts, stayed: dict[str, int], drawn: Sequence[Shard]) -> dict[str, Any]:
+        fits = (facts.classifier is not None) + len(facts.experts)
+        return {
+            "seconds": sum(phases[phase] for phase in OURS if phase in phases),
+            # A last batch is filled up.
+            "network_evaluations": sum(-(-shard.n // batch) * batch * each for shard in drawn),
+            "images_drawn": sum(shard.n for shard in drawn),
+            "modules_trained": len(facts.modules) - stayed["modules"],
+            "fits": fits - stayed["classifiers"] - stayed["experts"],
+        }
 
-    kept = {unit.file for unit in reuse.units}
-    spent = {
-        "seconds": sum(seconds[phase] for phase in OURS if phase in seconds),
-        "network_evaluations": evaluations([shard.n for shard in after.shards if shard.file not in kept]),
-        "images_drawn": reuse.drawn,
-        "modules_trained": sum(card not in reuse.modules for card in after.cards),
-        "fits": reuse.fits,
-    }
-    whole = original or {
-        "seconds": sum(before.seconds[phase] for phase in OURS if phase in before.seconds),
-        "network_evaluations": evaluations([shard.n for shard in before.shards]),
-        "images_drawn": sum(shard.n for shard in before.shards),
-        "modules_trained": len(before.modules),
-        "fits": (before.classifier is not None) + len(before.experts),
-    }
+    nothing = dict.fromkeys(("modules", "classifiers", "experts"), 0)
+    again = [shard for shard in after.shards if shard not in before.shards]
+    spent = work(seconds, after, what_stayed(before, after), again)
+    whole = original or work(before.seconds, before, nothing, before.shards)
     share = {name: spent[name] / whole[name] for name in spent if whole[name]}
     return {"spent": spent, "seconds_by_phase": seconds, "original_run": whole, "share": share}
 

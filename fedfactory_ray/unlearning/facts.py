@@ -6,8 +6,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
+from fedfactory_ray.classification.training import Classifier
 from fedfactory_ray.cluster.stored import look_all
 from fedfactory_ray.errors import UnlearningError
+from fedfactory_ray.federation.expert import Expert
 from fedfactory_ray.generation.card import ModuleCard, read_cards
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage import layout
@@ -77,25 +79,23 @@ def read_facts(storage: Storage) -> Facts:
     # What was evaluated counts: jobs/compare.py may have fitted more in the same folder.
     found = map(layout.EXPERT_CARD.fullmatch, storage.names(layout.EXPERTS))
     experts = sorted(card["client"] for card in found if card) if layout.PRODUCT in evaluation else []
+    classifier = layout.classifier_folder(layout.METHOD)
     return Facts(
         partition_sha256=storage.read_json(layout.PARTITION)["sha256"],
         modules=[card.to_tree() for card in read_cards(storage)],
         manifest=[vars(shard) for shard in manifest],
         rows_sha256=manifest_digest(manifest),
-        classifier=_fitted(storage, layout.classifier_folder(layout.METHOD)) if layout.METHOD in evaluation else None,
-        experts={client: _fitted(storage, layout.expert_folder(client)) for client in experts},
+        classifier=_fitted(storage, Classifier, classifier) if layout.METHOD in evaluation else None,
+        experts={client: _fitted(storage, Expert, layout.expert_folder(client)) for client in experts},
         predictions=evaluation["predictions_sha256"],
         scores={name: scores for name, scores in evaluation.items() if "accuracy" in scores},
         seconds=storage.read_json(layout.SECONDS),
     )
 
 
-def _fitted(storage: Storage, folder: str) -> dict[str, str]:
-    card = storage.read_json(f"{folder}/{layout.CARD}")
-    weights: str = (
-        card["sha256"] if "sha256" in card else card["files"][layout.WEIGHTS]
-    )  # format 0 had the one file's alone
-    return {"fingerprint": card["fingerprint"], "sha256": weights}
+def _fitted(storage: Storage, kind: type[Classifier | Expert], folder: str) -> dict[str, str]:
+    card = kind.read(storage, folder)
+    return {"fingerprint": card.fingerprint, "sha256": card.sha256}
 
 
 def weights(facts: Facts) -> dict[str, str]:

@@ -20,7 +20,7 @@ from fedfactory_ray.settings.config import Config, merge
 from fedfactory_ray.storage.files import TEMPORARY, Storage
 from fedfactory_ray.storage.layout import CERTIFICATE, CONFIG, ENVIRONMENT, FORGETTING, FORGOTTEN, PENDING
 from fedfactory_ray.tracking import runs as tracking
-from fedfactory_ray.unlearning.certificate import Certificate, audit_lines, cost, note, what_went
+from fedfactory_ray.unlearning.certificate import Certificate, audit_lines, cost, note, what_stayed, what_went
 from fedfactory_ray.unlearning.deletion import delete_run, delete_traces, find_traces
 from fedfactory_ray.unlearning.facts import Facts, read_facts, refuse_damaged
 from fedfactory_ray.unlearning.report import log_certificate
@@ -96,10 +96,13 @@ def _begin(
         raise UnlearningError(f"{new.uri} holds another run", "a name that is free, with --name")
     connect()
     refuse_damaged(config, old, before)
-    _doubts(config, before, old.read_json(ENVIRONMENT), allowed=allow_inexact)
+    doubts = _doubts(config, before, old.read_json(ENVIRONMENT), allowed=allow_inexact)
     _traces(config, old, request)
     original = old.read_json(CERTIFICATE)["cost"]["original_run"] if old.exists(CERTIFICATE) else None
+    precisions = {card.precision for card in before.cards} if doubts else set()
     facts = {"request": asdict(request), "before": asdict(before), "original": original}
+    # On other hardware `auto` may come to another arithmetic than that of the modules that are kept.
+    facts |= {"precision": precisions.pop() if len(precisions) == 1 else None}
     old.write_json(PENDING, asdict(request))
     new.write_json(FORGETTING, facts | {"environment": old.read_json(ENVIRONMENT)})
     return new
@@ -109,7 +112,7 @@ def _traces(config: Config, old: Storage, request: Request) -> dict[str, list[st
     """What MLflow holds of the forgotten in the old run, and in those that it was itself made from. Raises
     UnlearningError where it does not know the old run: then it is the wrong store."""
     runs = dict.fromkeys([request.run, *(line["request"]["run"] for line in audit_lines(old))])
-    client, experiment_id = tracking.connect(config)
+    client, experiment_id = tracking.tracking_client(config)
     found = find_traces(client, experiment_id, [old.parent.within(run).uri for run in runs], request.clients)
     if not found["parents"]:
         raise UnlearningError(
@@ -157,18 +160,17 @@ def _environment(threads: int) -> dict[str, str]:
     return environment(prepare_process(threads, assigned_device(ray.get_gpu_ids())))
 
 
-def without(config: Config, request: Request, before: Facts, *, inexact: bool) -> Config:
-    """The config of the new run: that of the old, less whom it forgets; no reference, for that saw their images. Where
-    it is `inexact`, modules that are kept were trained on other hardware: it goes on in their arithmetic."""
-    precisions = {card.precision for card in before.cards}
+def without(config: Config, request: Request, before: Facts, precision: str | None) -> Config:
+    """The config of the new run: that of the old, less whom it forgets; no reference, for that saw their images. It
+    computes in the `precision` of the modules that are kept, where that is given."""
     changes: dict[str, Any] = {
         "name": request.successor,
         "architecture": before.architecture,
         "baselines": ["none"],
         "partition": {"exclude": [*config.partition.exclude, *request.exclude]},
     }
-    if inexact and len(precisions) == 1:
-        changes["generator"] = {"precision": precisions.pop()}
+    if precision is not None:
+        changes["generator"] = {"precision": precision}
     return Config.model_validate(merge(config.model_dump(mode="json"), changes))
 
 
@@ -179,7 +181,7 @@ def _finish(config: Config, old: Storage, new: Storage, console: Console, *, all
     traces = _traces(config, old, request)
     connect()
     inexact = _doubts(config, before, started["environment"], allowed=allow_inexact)
-    wanted, parent = without(config, request, before, inexact=bool(inexact)), traces["parents"][0]
+    wanted, parent = without(config, request, before, started.get("precision")), traces["parents"][0]
     with open_session(wanted, console, forgetting=True, parent=parent) as session:
         if not new.exists(ENVIRONMENT):  # what is kept was made there
             new.write_json(ENVIRONMENT, started["environment"])
@@ -198,23 +200,17 @@ def _finish(config: Config, old: Storage, new: Storage, console: Console, *, all
             if not old.exists(FORGOTTEN):
                 old.write_json(FORGOTTEN, started["request"])
             delete_run(old)
-            delete_traces(tracking.connect(config)[0], traces)
+            delete_traces(tracking.tracking_client(config)[0], traces)
         refuse_residue(left_in_old(old))
         certificate = Certificate(
             request=request,
             inexact=inexact,
             absent=[y for y in range(session.info.classes) if not any(card.label == y for card in after.cards)],
             deleted=what_went(before, after),
-            kept={
-                "modules": len(reuse.modules),
-                "units": len(reuse.units),
-                "images": sum(unit.n for unit in reuse.units),
-                "classifiers": int(reuse.classifier),
-                "experts": len(reuse.experts),
-            },
+            kept=what_stayed(before, after),
             before=before,
             after=after,
-            cost=cost(session.config, reuse, before, after, session.worked, started["original"]),
+            cost=cost(session.config, before, after, session.worked, started["original"]),
             environment=new.read_json(ENVIRONMENT),
             mlflow=traces,
         )

@@ -21,15 +21,12 @@ from fedfactory_ray.unlearning.facts import AT_ONCE, Facts
 
 @dataclass(frozen=True)
 class Reuse:
-    """What is kept of a run, and what is not: `drawn` counts the images to draw anew, `fits` the classifiers and
-    experts to fit again."""
+    """What is kept of a run; of `experts` the clients."""
 
     modules: list[ModuleCard]
     units: list[Shard]
     classifier: bool
     experts: list[str]
-    drawn: int
-    fits: int
 
     @property
     def files(self) -> list[str]:
@@ -62,10 +59,7 @@ def plan_reuse(config: Config, partition: Partition, task: Task, before: Facts) 
         whole = not new_labels & assignment.needed(config)
         if whole and _same(before.experts.get(client), assignment.fingerprint(config)):
             experts.append(client)
-    fits = (config.architecture != "decentralised") - classifier
-    if config.architecture != "centralised":
-        fits += len(partition.clients) - len(experts)
-    return Reuse(left, kept, classifier, experts, sum(unit.n for unit, shard in found if shard is None), fits)
+    return Reuse(left, kept, classifier, experts)
 
 
 def _same(fitted: dict[str, str] | None, made_of: str) -> bool:

@@ -102,7 +102,7 @@ def verify(uri: str, config: Config, console: Console, *, retrain: bool = False)
     old = new.parent.within(certificate.request.run)
     digest = hashlib.sha256(text).hexdigest()
     noted = [[line["certificate_sha256"] for line in audit_lines(run)] for run in (old, new)]
-    client, experiment_id = tracking.connect(config)
+    client, experiment_id = tracking.tracking_client(config)
     folders = [new.parent.within(line["request"]["run"]).uri for line in audit_lines(old)]
     found = find_traces(client, experiment_id, folders, certificate.request.clients)
     traces = {kind: sorted({*ids, *found[kind]}) for kind, ids in certificate.mlflow.items()}
@@ -126,7 +126,7 @@ def verify(uri: str, config: Config, console: Console, *, retrain: bool = False)
 
 def _retrained(config: Config, certificate: Certificate, new: Storage, console: Console) -> Facts:
     """Facts of the same run, made from nothing, beside it, for every node can write there; it is deleted again."""
-    scratch = new.parent.within(f"retrain-{uuid.uuid4().hex}")
+    scratch = new.parent.within(layout.retrained_folder(uuid.uuid4().hex))
     try:
         with tempfile.TemporaryDirectory() as folder:
             places = {"storage": {"uri": scratch.uri}, "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"}}
