@@ -188,7 +188,7 @@ def test_many_are_looked_at_by_workers_while_actors_hold_every_cpu(
         assert find_all(storage, Checkpoint, {"nothing/here": "f00d"}) == {}
     assert found == {place: things[place] for place in things if place[-1] not in "cd"}
     assert [record.message for record in caplog.records] == [
-        "5 checkpoints of an earlier start kept; 1 made again: it is damaged; "
+        "5 checkpoints there and kept; 1 made again: it is damaged; "
         "1 made again: other images, settings or arithmetic determined it"
     ]
     for holder in holders:

@@ -313,7 +313,7 @@ def test_a_refused_device_is_told_at_the_first_use(cluster: None, data: Path, mo
     def refuse(_: Any) -> Any:
         raise ResourcesError("GPU 0, assigned by Ray", "a torch that sees it", "another torch")
 
-    monkeypatch.setattr(actors, "assigned_device", refuse)
+    monkeypatch.setattr("fedfactory_ray.cluster.devices.assigned_device", refuse)
     actor = actors.FederatedClient(config(data), TASK, 1, {})
     with pytest.raises(ResourcesError, match="assigned by Ray"):
         actor.validate("client-000", b"")

@@ -94,6 +94,5 @@ def test_modules_are_trained_again_and_a_line_says_why(
         assert stored_modules(config, partition, make_plan(config.resources).client, OLD) == {}
     (line,) = [record.message for record in caplog.records]
     assert line == (
-        "0 modules of an earlier start kept; "
-        "5 made again: an earlier version made it and did not note all that determined it"
+        "0 modules there and kept; 5 made again: an earlier version made it and did not note all that determined it"
     )

@@ -384,7 +384,7 @@ def test_another_machines_run_is_forgotten_only_inexactly(place: Place) -> None:
     run = place.folder / "runs" / "small"
     environment = run / "environment.json"
     environment.write_text(environment.read_text().replace('"torch version": "', '"torch version": "0.'))
-    # There `auto` came to fp32; whatever it comes to here, what is kept is not made again, and the rest is made as there.
+    # There `auto` came to fp32. Whatever it comes to here: what is kept is not made again, the rest is made as there.
     for name in ("config.json", "settings.json"):
         tree = json.loads((run / name).read_text())
         tree["generator"]["precision"] = "auto"

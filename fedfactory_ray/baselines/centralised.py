@@ -11,10 +11,12 @@ import ray
 
 from fedfactory_ray.classification.rows import Rows
 from fedfactory_ray.data.partition import Partition
+from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.settings.sections import ClassifierConfig
 from fedfactory_ray.storage.artefact import fingerprint
+from fedfactory_ray.synthesis.shard import image_table
 
 BLOCK_BYTES = 64 * 2**20
 
@@ -52,9 +54,6 @@ def real_rows(config: Config, partition: Partition, info: DataInfo) -> Rows:
 
 def _read(config: Config, indices: np.ndarray, start: int = 0) -> pa.Table:
     """The images at `indices`, in places from `start`."""
-    from fedfactory_ray.data.readers import open_source
-    from fedfactory_ray.synthesis.shard import image_table
-
     source = open_source(config.data)
     return image_table(source.images("train", indices), source.labels("train")[indices], "real", start)
 

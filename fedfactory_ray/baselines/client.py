@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import numpy as np
-import ray
 import safetensors.torch
 import torch
 
@@ -14,10 +14,10 @@ from fedfactory_ray.baselines.interface import Method, Update, train_locally, we
 from fedfactory_ray.baselines.learner import Images, Judgement, Learner, from_message, held_back, to_message
 from fedfactory_ray.classification.batches import HeldBatches
 from fedfactory_ray.classification.fitting import Fit
-from fedfactory_ray.cluster.devices import assigned_device, prepare_process
+from fedfactory_ray.cluster.devices import prepare_process
 from fedfactory_ray.data.partition import own_indices
-from fedfactory_ray.data.readers import open_source
-from fedfactory_ray.data.source import Source, Task
+from fedfactory_ray.data.source import Task
+from fedfactory_ray.federation.client import ClientSlot
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.settings.sections import ClassifierConfig
@@ -76,32 +76,21 @@ class Keeper:
         return storage.read(file)
 
 
-class FederatedClient(Keeper):
+class FederatedClient(Keeper, ClientSlot):
     """A slot for the clients in `shares` (client → class → indices), with the same resources as a factory's client.
 
     It keeps their images, never their vectors: calls are functions of their arguments, so that Ray may repeat one.
     """
 
     def __init__(self, config: Config, task: Task, threads: int, shares: dict[str, dict[int, np.ndarray]]) -> None:
-        self.config, self.task, self.threads, self.shares = config, task, threads, shares
+        super().__init__(config, threads)
+        self.task, self.shares = task, shares
         self.kept: dict[str, tuple[Images, Images]] = {}
-        self._learner: Learner | None = None
-        self._sources: dict[str, Source] = {}
 
-    @property
+    @cached_property
     def learner(self) -> Learner:
-        """The network, on the device that Ray assigned. Made at the first use: Ray loses what a constructor raises."""
-        if self._learner is None:
-            device = prepare_process(self.threads, assigned_device(ray.get_gpu_ids()))
-            self._learner = Learner(self.config, self.task, device)
-        return self._learner
-
-    def source(self, client: str) -> Source:
-        """Where the client's images are."""
-        data = self.config.data_of(client)
-        if data.source not in self._sources:
-            self._sources[data.source] = open_source(data)
-        return self._sources[data.source]
+        """The network, on the slot's device."""
+        return Learner(self.config, self.task, self.device)
 
     def images(self, client: str) -> tuple[Images, Images]:
         """The client's images that train, and those that validate."""

@@ -25,12 +25,14 @@ from fedfactory_ray.classification.fitting import Epoch
 from fedfactory_ray.classification.rows import Rows
 from fedfactory_ray.cluster.plan import Worker
 from fedfactory_ray.cluster.stored import find_all
+from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.data.source import Task
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.artefact import Artefact, fingerprint, keep
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import PROGRESS, WEIGHTS, classifier_folder, trainer_folder
+from fedfactory_ray.synthesis.shard import image_table
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = "0.5"
@@ -278,9 +280,6 @@ def _batches(config: Config, settings: dict[str, Any], seed: int, rank: int, wor
 
 def _real_batches(config: Config, task: Task, rank: int, world: int) -> Batches:
     """The real validation split, every worker its part."""
-    from fedfactory_ray.data.readers import open_source
-    from fedfactory_ray.synthesis.shard import image_table
-
     source = open_source(config.data)
     table = image_table(source.images("val"), source.labels("val"), "real")
     return HeldBatches(table, task.image_shape, config.classifier.batch_size, 0, rank, world)

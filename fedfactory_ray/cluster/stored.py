@@ -22,7 +22,7 @@ def find_all(storage: Storage, kind: type[K], wanted: Mapping[str, str]) -> dict
     reasons = Counter(each.why for each in found.values() if each.why)
     again = "".join(f"; {n} made again: {why}" for why, n in sorted(reasons.items()))
     if found:
-        log.info("%d %s%s of an earlier start kept%s", len(kept), kind.kind, "" if len(kept) == 1 else "s", again)
+        log.info("%d %s%s there and kept%s", len(kept), kind.kind, "" if len(kept) == 1 else "s", again)
     return kept
 
 

@@ -12,6 +12,7 @@ import ray
 
 from fedfactory_ray.cluster.plan import Worker, placement, start_actor
 from fedfactory_ray.data.partition import own_indices
+from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.generation.card import ModuleCard, module_fingerprint
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
@@ -51,11 +52,11 @@ class Upload:
     gpus: tuple[str, ...]
 
 
-class ClientActor:
-    """A slot for clients: pinned to its resources, it serves one client after the other."""
+class ClientSlot:
+    """An actor in which images of clients are read. Pinned to its resources, it serves one client after the other."""
 
-    def __init__(self, config: Config, threads: int, storage: Storage) -> None:
-        self.config, self.threads, self.storage = config, threads, storage
+    def __init__(self, config: Config, threads: int) -> None:
+        self.config, self.threads = config, threads
         self.sources: dict[str, Source] = {}
         self._device: torch.device | None = None
 
@@ -70,12 +71,18 @@ class ClientActor:
 
     def source(self, client: str) -> Source:
         """The client's images; of the sources the last one stays open."""
-        from fedfactory_ray.data.readers import open_source
-
         data = self.config.data_of(client)
         if data.source not in self.sources:
             self.sources = {data.source: open_source(data)}
         return self.sources[data.source]
+
+
+class ClientActor(ClientSlot):
+    """A slot in which the factory's clients train modules and fit experts."""
+
+    def __init__(self, config: Config, threads: int, storage: Storage) -> None:
+        super().__init__(config, threads)
+        self.storage = storage
 
     def train(self, client: str, share: dict[int, np.ndarray]) -> Iterator[Progress | Upload | bytes]:
         """Train a module for each class of `share` (class → places in the client's training split).

@@ -1,6 +1,6 @@
 """The main job: partition → modules → synthetic images → classifier, experts → evaluation, logged as it goes.
 
-Each phase imports what it needs: clients are at work before the driver has loaded torch.
+Phases import what loads torch when they need it: clients are at work before the driver has it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ import numpy as np
 import ray
 from rich.console import Console
 
+from fedfactory_ray.baselines.centralised import real_rows, reference_config
+from fedfactory_ray.classification.rows import Rows, shard_rows
+from fedfactory_ray.federation.round import run_round
 from fedfactory_ray.generation.card import ModuleHandle, Modules
 from fedfactory_ray.pipeline.listeners import (
     ClassifierListener,
@@ -24,14 +27,15 @@ from fedfactory_ray.pipeline.results import Results, log_results, make_report
 from fedfactory_ray.pipeline.session import Session, open_session
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.layout import CENTRALISED, ENVIRONMENT, EVALUATION, METHOD
+from fedfactory_ray.synthesis.previews import previews
+from fedfactory_ray.synthesis.shard import Shard, manifest_digest
+from fedfactory_ray.synthesis.synthesize import synthesize
 from fedfactory_ray.tracking import plots
 
 if TYPE_CHECKING:
     from fedfactory_ray.classification.prediction import TestResult
-    from fedfactory_ray.classification.rows import Rows
     from fedfactory_ray.classification.training import Classifier
     from fedfactory_ray.federation.experts import Experts
-    from fedfactory_ray.synthesis.shard import Shard
 
 
 def run(config: Config, console: Console) -> Report:
@@ -66,8 +70,6 @@ def run_phases(session: Session, listeners: Listeners) -> Report:
 
 def train_modules(session: Session, listeners: Listeners) -> Modules:
     """Every client trains its modules and uploads each once; those from files are there already."""
-    from fedfactory_ray.federation.round import run_round
-
     config, partition = session.config, session.partition
     if config.modules is not None:
         return {card.key: ModuleHandle(card) for card in session.cards}
@@ -80,8 +82,6 @@ def train_modules(session: Session, listeners: Listeners) -> Modules:
 
 def draw_data_set(session: Session, listeners: Listeners, modules: Modules) -> list[Shard]:
     """A class-balanced data set is drawn from the modules."""
-    from fedfactory_ray.synthesis.synthesize import synthesize
-
     n_images = session.config.synthesis.images_per_class * len({label for _, label in modules})
     with session.phase("synthesis"), SynthesisListener(listeners, n_images) as listen:
         manifest = synthesize(session.config, modules, session.plan.synthesis, session.storage, listen)
@@ -91,9 +91,6 @@ def draw_data_set(session: Session, listeners: Listeners, modules: Modules) -> l
 
 def synthetic_rows(session: Session, manifest: list[Shard]) -> Rows:
     """The drawn images as a classifier's rows."""
-    from fedfactory_ray.classification.rows import shard_rows
-    from fedfactory_ray.synthesis.shard import manifest_digest
-
     return shard_rows(session.storage, manifest, manifest_digest(manifest), session.config.synthesis.unit_size)
 
 
@@ -110,8 +107,6 @@ def fit_classifier(session: Session, listeners: Listeners, method: str, config: 
 
 def fit_centralised(session: Session, listeners: Listeners) -> Classifier:
     """The reference: the same classifier by the same recipe on all real images, for no fewer optimiser steps."""
-    from fedfactory_ray.baselines.centralised import real_rows, reference_config
-
     rows = real_rows(session.config, session.partition, session.info)
     longer = reference_config(session.config, session.partition)
     return fit_classifier(session, listeners, CENTRALISED, longer, rows)
@@ -136,8 +131,6 @@ def evaluate_all(
     session: Session, manifest: list[Shard], classifiers: dict[str, Classifier], experts: Experts | None
 ) -> tuple[TestResult, dict[tuple[str, int], np.ndarray]]:
     """The test split is read once, for all classifiers and experts; some images of each module come along."""
-    from fedfactory_ray.synthesis.previews import previews
-
     with session.phase("evaluation"):
         folders = {method: classifier.folder for method, classifier in classifiers.items()}
         result = read_test_split(session, folders, experts, examples=plots.GRID_COLUMNS)
