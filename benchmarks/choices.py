@@ -63,7 +63,7 @@ def expert_logits(config: Config, uri: str, client: str) -> Any:
     real = source.images("val")
     task = Task(len(source.class_names), real.shape[3], real.shape[1])
     partition = read_partition(storage, task.classes)
-    manifest = [Shard(**line) for line in storage.read_json(layout.MANIFEST)]
+    manifest = [Shard.from_tree(line) for line in storage.read_json(layout.MANIFEST)]
     network = make_classifier(config.classifier.model, task, config.classifier.norm)
     with tempfile.TemporaryDirectory() as scratch:
         os.symlink(storage.path(layout.SYNTHETIC), f"{scratch}/{layout.SYNTHETIC}")

@@ -15,7 +15,7 @@ from fedfactory_ray.baselines.rounds import Federated
 from fedfactory_ray.classification.training import Classifier
 from fedfactory_ray.cluster.plan import make_plan
 from fedfactory_ray.cluster.stored import look_all
-from fedfactory_ray.errors import RunConflictError
+from fedfactory_ray.errors import CardError, RunConflictError
 from fedfactory_ray.federation.expert import Expert
 from fedfactory_ray.federation.round import stored_modules
 from fedfactory_ray.pipeline.session import claim
@@ -76,7 +76,9 @@ def test_every_kind_of_card_is_read() -> None:
 
 
 def test_units_hold_what_the_manifest_says(cluster: None) -> None:
-    lines = [Shard(**line) for line in OLD.read_json("manifest.json")]
+    lines = [Shard.from_tree(line) for line in OLD.read_json("manifest.json")]
+    with pytest.raises(CardError, match=r"card of a unit[\s\S]*canary"):
+        Shard.from_tree(vars(lines[0]) | {"canary": "new"})
     looked = look_all(OLD, Shard, {line.file: line.fingerprint for line in lines})
     assert [looked[line.file].artefact for line in lines] == lines
     assert (

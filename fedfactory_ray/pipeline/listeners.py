@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from fedfactory_ray.federation.client import Progress, Upload
+from fedfactory_ray.storage.layout import MANIFEST
 from fedfactory_ray.synthesis.shard import Shard
 from fedfactory_ray.synthesis.synthesize import UnitDrawn
 from fedfactory_ray.tracking.progress import Bars
-from fedfactory_ray.tracking.runs import ClientRun, Curves, Run
+from fedfactory_ray.tracking.runs import ClientRun, Curves, Run, expert_run
 
 if TYPE_CHECKING:
     from fedfactory_ray.baselines.rounds import Federated, Round
@@ -76,7 +77,7 @@ class SynthesisListener(Bars):
     def finish(self, manifest: list[Shard], seconds: float) -> None:
         """Log the manifest, and where and how fast it was drawn."""
         n_images, run = sum(shard.n for shard in manifest), self.logged.result().child("synthesis")
-        run.json([vars(shard) for shard in manifest], "manifest.json")
+        run.json([vars(shard) for shard in manifest], MANIFEST)
         run.json(self.places, "units_by_node.json")
         run.metrics({"images": n_images, "seconds": seconds, "images_per_second": n_images / seconds})
         run.end()
@@ -117,7 +118,7 @@ class ExpertsListener(Bars):
         from fedfactory_ray.federation.expert import Expert
 
         if client not in self.curves:
-            self.curves[client] = Curves(self.logged.result().child(f"expert-{client}"), "epoch")
+            self.curves[client] = Curves(self.logged.result().child(expert_run(client)), "epoch")
         curves = self.curves[client]
         if isinstance(event, Expert):
             curves.rest(event.history)

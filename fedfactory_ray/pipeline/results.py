@@ -80,7 +80,7 @@ def log_results(session: Session, listeners: Listeners, results: Results) -> dic
     with session.phase("logging"):
         log_clients(session, listeners, results)
         log_evaluation(session, tested)
-        run.json(session.storage.read_json(PARTITION), "partition.json")
+        run.json(session.storage.read_json(PARTITION), PARTITION)
         run.json([vars(handle.card) for handle in results.modules.values()], "modules.json")
         models = log_models(session, results)
         run.metrics(tested.evaluations[session.config.main_method].scalars())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +32,14 @@ class Shard:
     module_sha256: str
     rows_sha256: str
     fingerprint: str = ""
+
+    @classmethod
+    def from_tree(cls, line: dict[str, Any]) -> Shard:
+        """A line of a manifest as JSON values. Raises CardError for facts that are unknown here."""
+        unknown = line.keys() - {field.name for field in fields(cls)}
+        if unknown:
+            raise CardError(cls.kind, ", ".join(sorted(unknown)), newer=True)
+        return cls(**line)
 
     @staticmethod
     def mark(place: str) -> str:

@@ -197,6 +197,11 @@ class ClientRun:
         run.end()
 
 
+def expert_run(client: str) -> str:
+    """Name of the run of a client's expert; that of its modules has the client's own name."""
+    return f"expert-{client}"
+
+
 class Curves:
     """The curves of one fit or method in its MLflow run. Each step is logged once, as it comes; those of an earlier
     start afterwards. The field `step` of a record (`epoch`, `round`) numbers it, the other fields are its figures."""

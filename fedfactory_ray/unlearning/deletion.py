@@ -35,7 +35,7 @@ def find_traces(
     """
     from mlflow.entities import ViewType
 
-    every, names = ViewType.ALL, {name for each in clients for name in (each, f"expert-{each}")}
+    every, names = ViewType.ALL, {name for each in clients for name in (each, tracking.expert_run(each))}
     found: dict[str, list[str]] = {"parents": [], "runs": [], "models": []}
     for folder in folders:
         parents = client.search_runs([experiment_id], f"tags.`{tracking.FOLDER}` = '{folder}'", every)

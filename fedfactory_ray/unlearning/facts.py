@@ -44,7 +44,7 @@ class Facts:
     @property
     def shards(self) -> list[Shard]:
         """The manifest's lines."""
-        return [Shard(**line) for line in self.manifest]
+        return [Shard.from_tree(line) for line in self.manifest]
 
     @property
     def main_method(self) -> str:
@@ -74,7 +74,7 @@ def read_facts(storage: Storage) -> Facts:
     for name in (layout.CONFIG, layout.PARTITION, layout.MANIFEST, layout.EVALUATION, layout.ENVIRONMENT):
         if not storage.exists(name):
             raise UnlearningError(f"{storage.uri} holds no finished run, {name} is missing", "jobs/run.py to its end")
-    manifest = [Shard(**line) for line in storage.read_json(layout.MANIFEST)]
+    manifest = [Shard.from_tree(line) for line in storage.read_json(layout.MANIFEST)]
     evaluation = storage.read_json(layout.EVALUATION)
     # What was evaluated counts: jobs/compare.py may have fitted more in the same folder.
     found = map(layout.EXPERT_CARD.fullmatch, storage.names(layout.EXPERTS))
