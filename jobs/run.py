@@ -13,11 +13,11 @@ def main() -> None:
         description="Federate generators, draw a balanced data set, fit one classifier or an expert a client."
     )
     # Heavy imports only once the configuration stands.
-    from fedfactory_ray.pipeline import phases as pipeline
+    from fedfactory_ray.pipeline import phases
     from fedfactory_ray.pipeline.report import report_table
 
     console = job_console()
-    report = pipeline.run(config, console)
+    report = phases.run(config, console)
     console.print(report_table(report))
     console.print(f"run folder  {report.storage}", soft_wrap=True, highlight=False)
     for name, uri in report.models.items():
