@@ -29,11 +29,11 @@ def run_quietly(config: Config) -> tuple[Any, float]:
     """A whole run in this process, in a folder that is deleted again; returns its report and peak memory in MB."""
     import resource
 
-    from fedfactory_ray.pipeline import phases as pipeline
+    from fedfactory_ray.pipeline import phases
 
     with tempfile.TemporaryDirectory() as folder:
         places = {"storage": {"uri": folder}, "tracking": {"uri": f"sqlite:///{folder}/mlflow.db"}}
-        report = pipeline.run(with_sections(config, **places), Console(file=io.StringIO()))
+        report = phases.run(with_sections(config, **places), Console(file=io.StringIO()))
     return report, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
