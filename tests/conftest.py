@@ -89,7 +89,7 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
-HEAVY = ("test_nodes.py", "test_unlearning_nodes.py", "test_unlearning.py", "test_submit.py")
+HEAVY = ("test_nodes.py", "test_unlearning_nodes.py", "test_unlearning.py", "test_golden.py", "test_submit.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

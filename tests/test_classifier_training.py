@@ -12,9 +12,10 @@ import ray
 import torch
 
 from fedfactory_ray.classification.batches import HeldBatches, keep_side
-from fedfactory_ray.classification.fitting import Epoch, Fit
+from fedfactory_ray.classification.card import Classifier, Epoch
+from fedfactory_ray.classification.fitting import Fit
 from fedfactory_ray.classification.rows import Rows
-from fedfactory_ray.classification.training import Classifier, fit
+from fedfactory_ray.classification.training import fit
 from fedfactory_ray.cluster.plan import make_plan
 from fedfactory_ray.data.source import Task
 from fedfactory_ray.settings.config import Config

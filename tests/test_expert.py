@@ -11,19 +11,11 @@ import torch
 from conftest import write_npz
 
 from fedfactory_ray.classification.batches import BalancedBatches, Group
-from fedfactory_ray.classification.fitting import Epoch
+from fedfactory_ray.classification.card import Epoch, Expert
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.data.source import Source, Task
-from fedfactory_ray.federation.expert import (
-    Assignment,
-    Expert,
-    assign,
-    compose,
-    fit_expert,
-    make_batches,
-    real_share,
-)
+from fedfactory_ray.federation.expert import Assignment, assign, compose, fit_expert, make_batches, real_share
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.settings.sections import GeneratorConfig

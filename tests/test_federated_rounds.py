@@ -17,10 +17,11 @@ from in_process import Starts
 from small_runs import opens_nothing
 
 from fedfactory_ray.baselines import client as actors
+from fedfactory_ray.baselines.card import Round
 from fedfactory_ray.baselines.fedavg import FedAvg
 from fedfactory_ray.baselines.learner import Learner, from_message
 from fedfactory_ray.baselines.methods import METHODS, SHARED
-from fedfactory_ray.baselines.rounds import Federation, Round
+from fedfactory_ray.baselines.rounds import Federation
 from fedfactory_ray.classification.models import make_classifier
 from fedfactory_ray.cluster.absence import replies_of
 from fedfactory_ray.cluster.plan import Worker

@@ -10,13 +10,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks.choices import read_partition
-from fedfactory_ray.baselines.client import Alone
-from fedfactory_ray.baselines.rounds import Federated
-from fedfactory_ray.classification.training import Classifier
+from fedfactory_ray.baselines.card import Alone, Federated
+from fedfactory_ray.classification.card import Classifier, Expert
 from fedfactory_ray.cluster.plan import make_plan
 from fedfactory_ray.cluster.stored import look_all
 from fedfactory_ray.errors import CardError, RunConflictError
-from fedfactory_ray.federation.expert import Expert
 from fedfactory_ray.federation.round import stored_modules
 from fedfactory_ray.pipeline.session import claim
 from fedfactory_ray.settings.command_line import stored_config

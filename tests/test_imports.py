@@ -96,8 +96,15 @@ def test_the_mathematics_imports_neither_ray_nor_mlflow(module: str) -> None:
     assert not reached & {"ray", "mlflow"}
 
 
-def test_the_driver_has_no_torch_before_its_clients_are_at_work() -> None:
-    code = f"import sys, {PACKAGE}.pipeline.phases, {PACKAGE}.federation.round; print('torch' in sys.modules)"
+@pytest.mark.parametrize(
+    "modules",
+    [
+        pytest.param(("pipeline.phases", "federation.round"), id="the driver before its clients are at work"),
+        pytest.param(("generation.card", "classification.card", "baselines.card", "synthesis.shard"), id="cards"),
+    ],
+)
+def test_what_needs_no_torch_does_not_load_it(modules: tuple[str, ...]) -> None:
+    code = f"import sys, {', '.join(f'{PACKAGE}.{module}' for module in modules)}; print('torch' in sys.modules)"
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert found.stdout.split() == ["False"]
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from fedfactory_ray.baselines.card import Alone
 from fedfactory_ray.baselines.centralised import baseline_steps, for_steps
-from fedfactory_ray.baselines.client import Alone
 from fedfactory_ray.cluster.absence import replies_of
 from fedfactory_ray.cluster.stored import find_all
 from fedfactory_ray.storage.artefact import fingerprint

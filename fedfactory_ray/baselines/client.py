@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import ClassVar
 
 import numpy as np
 import safetensors.torch
 import torch
 
+from fedfactory_ray.baselines.card import Alone
 from fedfactory_ray.baselines.interface import Method, Update, train_locally, weighted_mean
 from fedfactory_ray.baselines.learner import Images, Judgement, Learner, from_message, held_back, to_message
 from fedfactory_ray.classification.batches import HeldBatches
@@ -21,7 +21,7 @@ from fedfactory_ray.federation.client import ClientSlot
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.settings.sections import ClassifierConfig
-from fedfactory_ray.storage.artefact import Artefact, keep
+from fedfactory_ray.storage.artefact import keep
 from fedfactory_ray.storage.checkpoints import Checkpoint, Checkpoints
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import WEIGHTS, classifier_folder, lone_classifier
@@ -35,21 +35,6 @@ class Trained:
     n_images: int
     loss: float
     bytes_up: int
-
-
-@dataclass(frozen=True)
-class Alone(Artefact):
-    """A client's own classifier: the epoch that was chosen, of so many."""
-
-    kind: ClassVar[str] = "lone classifier"
-    epoch: int
-    epochs: int
-    client: str = ""
-
-    @property
-    def folder(self) -> str:
-        """See Artefact."""
-        return classifier_folder(lone_classifier(self.client))
 
 
 @dataclass(frozen=True)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import ray
 
+from fedfactory_ray.baselines.card import Federated, Round
 from fedfactory_ray.baselines.client import FederatedClient, MessageBytes, Server, Trained
 from fedfactory_ray.baselines.interface import Method
 from fedfactory_ray.baselines.learner import Judgement, held_back
@@ -23,7 +23,7 @@ from fedfactory_ray.data.source import Task
 from fedfactory_ray.errors import ConfigError, PartitionError
 from fedfactory_ray.seeds import random_state
 from fedfactory_ray.settings.config import Config
-from fedfactory_ray.storage.artefact import Artefact, fingerprint, keep
+from fedfactory_ray.storage.artefact import fingerprint, keep
 from fedfactory_ray.storage.checkpoints import Checkpoints
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import WEIGHTS, classifier_folder, message_file, method_folder, state_file
@@ -31,48 +31,6 @@ from fedfactory_ray.storage.layout import WEIGHTS, classifier_folder, message_fi
 MESSAGES = ("model", "extras", "kept", "best")
 """The server's, in a checkpoint."""
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Round:
-    """One round: losses and accuracy are means over images; bytes are those of all messages."""
-
-    round: int
-    clients: int
-    train_loss: float
-    validation_loss: float
-    validation_accuracy: float
-    bytes_up: int
-    bytes_down: int
-    seconds: float
-
-    @property
-    def merit(self) -> tuple[float, float]:
-        """What the choice of the round goes by: validation accuracy, then loss."""
-        return self.validation_accuracy, -self.validation_loss
-
-    @property
-    def diverged(self) -> bool:
-        """Whether the server's weights stopped being finite."""
-        return not math.isfinite(self.validation_loss)
-
-
-@dataclass(frozen=True)
-class Federated(Artefact):
-    """A finished method and its classifier: what it was, the round that was chosen (0: none was better), all rounds."""
-
-    kind: ClassVar[str] = "federated method"
-    method: dict[str, Any]
-    settings: dict[str, Any]
-    task: Task
-    chosen: int
-    history: list[Round]
-    name: str = ""
-
-    @property
-    def folder(self) -> str:
-        """See Artefact."""
-        return classifier_folder(self.name)
 
 
 @dataclass

@@ -6,7 +6,7 @@ import io
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 
 import safetensors.torch
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from fedfactory_ray.classification.augment import augment_batch
 from fedfactory_ray.classification.batches import Batches
+from fedfactory_ray.classification.card import Epoch
 from fedfactory_ray.classification.models import make_classifier
 from fedfactory_ray.cluster.devices import autocast, resolve_precision, seed_process
 from fedfactory_ray.data.source import Task
@@ -24,19 +25,6 @@ from fedfactory_ray.settings.sections import ClassifierConfig
 from fedfactory_ray.storage.layout import PROGRESS, STATE, WEIGHTS
 
 WARMUP = 0.05
-
-
-@dataclass(frozen=True)
-class Epoch:
-    """Progress of a fit; `real_*` tell of the real validation split, where the fit is judged on it."""
-
-    epoch: int
-    epochs: int
-    train_loss: float
-    validation_loss: float
-    validation_accuracy: float
-    real_loss: float | None = None
-    real_accuracy: float | None = None
 
 
 def make_optimizer(config: ClassifierConfig, network: nn.Module) -> torch.optim.Optimizer:

@@ -10,10 +10,10 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from queue import Empty
-from typing import Any, ClassVar
+from typing import Any
 
 import ray
 import ray.train
@@ -21,7 +21,7 @@ import ray.train.torch
 from ray.util.queue import Queue
 
 from fedfactory_ray.classification.batches import Batches, HeldBatches, StreamedBatches, keep_side
-from fedfactory_ray.classification.fitting import Epoch
+from fedfactory_ray.classification.card import Classifier, Epoch
 from fedfactory_ray.classification.rows import Rows
 from fedfactory_ray.cluster.plan import Worker
 from fedfactory_ray.cluster.stored import find_all
@@ -29,7 +29,7 @@ from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.data.source import Task
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
-from fedfactory_ray.storage.artefact import Artefact, fingerprint, keep
+from fedfactory_ray.storage.artefact import fingerprint, keep
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import PROGRESS, WEIGHTS, classifier_folder, trainer_folder
 from fedfactory_ray.synthesis.shard import image_table
@@ -37,26 +37,6 @@ from fedfactory_ray.synthesis.shard import image_table
 log = logging.getLogger(__name__)
 POLL_SECONDS = "0.5"
 """How often Ray Train's controller looks after its workers; by default every 2 s, for which short fits would wait."""
-
-
-@dataclass(frozen=True)
-class Classifier(Artefact):
-    """A fitted classifier, `name` in its run: the digest of the rows that it was fitted on, the epoch that validation
-    images chose, and its accuracy on them."""
-
-    kind: ClassVar[str] = "classifier"
-    rows: str
-    epoch: int
-    validation_accuracy: float
-    history: list[Epoch]
-    task: Task
-    model: str
-    name: str = ""
-
-    @property
-    def folder(self) -> str:
-        """See Artefact."""
-        return classifier_folder(self.name)
 
 
 def fit(

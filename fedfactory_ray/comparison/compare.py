@@ -40,7 +40,8 @@ from fedfactory_ray.tracking.progress import Bars
 from fedfactory_ray.tracking.runs import Run
 
 if TYPE_CHECKING:
-    from fedfactory_ray.baselines.rounds import Federated, Federation, Round
+    from fedfactory_ray.baselines.card import Federated, Round
+    from fedfactory_ray.baselines.rounds import Federation
     from fedfactory_ray.classification.evaluation import Difference
     from fedfactory_ray.classification.prediction import TestResult
     from fedfactory_ray.federation.experts import Experts

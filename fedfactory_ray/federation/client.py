@@ -24,9 +24,9 @@ from fedfactory_ray.storage.layout import SNAPSHOT, WEIGHTS, checkpoints_folder,
 if TYPE_CHECKING:
     import torch
 
-    from fedfactory_ray.classification.fitting import Epoch
+    from fedfactory_ray.classification.card import Epoch, Expert
     from fedfactory_ray.data.source import Source
-    from fedfactory_ray.federation.expert import Assignment, Expert
+    from fedfactory_ray.federation.expert import Assignment
 
 
 @dataclass(frozen=True)

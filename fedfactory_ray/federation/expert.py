@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors.torch
 
 from fedfactory_ray.classification.batches import BalancedBatches, Group, keep_side
-from fedfactory_ray.classification.fitting import Epoch, Fit
+from fedfactory_ray.classification.card import Epoch, Expert
+from fedfactory_ray.classification.fitting import Fit
 from fedfactory_ray.data.partition import Partition, own_indices
 from fedfactory_ray.data.source import Source, Task
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
-from fedfactory_ray.storage.artefact import Artefact, fingerprint, keep
+from fedfactory_ray.storage.artefact import fingerprint, keep
 from fedfactory_ray.storage.checkpoints import Checkpoints
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import WEIGHTS, checkpoints_folder, expert_folder
@@ -24,27 +25,6 @@ from fedfactory_ray.synthesis.shard import Shard, images_of, read_shards
 
 if TYPE_CHECKING:
     import torch
-
-
-@dataclass(frozen=True)
-class Expert(Artefact):
-    """A client's fitted expert: it saw `n_real` images of the client's own and `n_drawn` synthetic ones; the epoch that
-    was chosen, and its accuracy on the images that validate."""
-
-    kind: ClassVar[str] = "expert"
-    renamed: ClassVar[dict[str, str]] = {"real": "n_real", "pool": "n_drawn"}
-    client: str
-    n_real: int
-    n_drawn: int
-    downlink_bytes: int
-    epoch: int
-    validation_accuracy: float
-    history: tuple[Epoch, ...]
-
-    @property
-    def folder(self) -> str:
-        """See Artefact."""
-        return expert_folder(self.client)
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ from typing import Any
 
 from ray.exceptions import RayError
 
-from fedfactory_ray.classification.fitting import Epoch
+from fedfactory_ray.classification.card import Epoch, Expert
 from fedfactory_ray.cluster.plan import Worker
 from fedfactory_ray.cluster.slots import Slots, reason
 from fedfactory_ray.cluster.stored import find_all
 from fedfactory_ray.federation.client import start_client
-from fedfactory_ray.federation.expert import Assignment, Expert
+from fedfactory_ray.federation.expert import Assignment
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.checkpoints import Checkpoints
 from fedfactory_ray.storage.files import Storage

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from fedfactory_ray.classification.card import Classifier, Epoch, Expert
 from fedfactory_ray.federation.client import Progress, Upload
 from fedfactory_ray.storage.layout import MANIFEST
 from fedfactory_ray.synthesis.shard import Shard
@@ -16,10 +17,7 @@ from fedfactory_ray.tracking.progress import Bars
 from fedfactory_ray.tracking.runs import ClientRun, Curves, Run, expert_run
 
 if TYPE_CHECKING:
-    from fedfactory_ray.baselines.rounds import Federated, Round
-    from fedfactory_ray.classification.fitting import Epoch
-    from fedfactory_ray.classification.training import Classifier
-    from fedfactory_ray.federation.expert import Expert
+    from fedfactory_ray.baselines.card import Federated, Round
     from fedfactory_ray.federation.experts import Experts
 
 
@@ -115,8 +113,6 @@ class ExpertsListener(Bars):
 
     def __call__(self, client: str, event: Epoch | Expert) -> None:
         """Take a client's epoch or, at the end, its expert."""
-        from fedfactory_ray.federation.expert import Expert
-
         if client not in self.curves:
             self.curves[client] = Curves(self.logged.result().child(expert_run(client)), "epoch")
         curves = self.curves[client]

@@ -33,8 +33,8 @@ from fedfactory_ray.synthesis.synthesize import synthesize
 from fedfactory_ray.tracking import plots
 
 if TYPE_CHECKING:
+    from fedfactory_ray.classification.card import Classifier
     from fedfactory_ray.classification.prediction import TestResult
-    from fedfactory_ray.classification.training import Classifier
     from fedfactory_ray.federation.experts import Experts
 
 

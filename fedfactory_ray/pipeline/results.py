@@ -18,8 +18,8 @@ from fedfactory_ray.tracking.runs import tracking_uri
 if TYPE_CHECKING:
     from torch import nn
 
+    from fedfactory_ray.classification.card import Classifier
     from fedfactory_ray.classification.prediction import TestResult
-    from fedfactory_ray.classification.training import Classifier
     from fedfactory_ray.federation.experts import Experts
     from fedfactory_ray.synthesis.shard import Shard
 

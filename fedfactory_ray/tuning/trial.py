@@ -19,7 +19,7 @@ from fedfactory_ray.tuning.drawn import SharedImages
 from fedfactory_ray.tuning.record import TrialStep, read_record
 
 if TYPE_CHECKING:
-    from fedfactory_ray.classification.fitting import Epoch
+    from fedfactory_ray.classification.card import Epoch
 
 Tell = Callable[[int, int, float, float], None]
 """Called with a step, the most steps, and the step's validation accuracy and loss."""
@@ -64,8 +64,9 @@ def run_trial(chosen: Mapping[str, int], jobs: Mapping[int, Job]) -> None:
 
 def run_method(job: Job, tell: Tell) -> tuple[float, float]:
     """A federated method; returns accuracy and loss of the chosen round on the clients' validation images."""
+    from fedfactory_ray.baselines.card import Round
     from fedfactory_ray.baselines.methods import METHODS
-    from fedfactory_ray.baselines.rounds import Federation, Round
+    from fedfactory_ray.baselines.rounds import Federation
 
     settings, info = job.config.federated, job.info
 

@@ -6,10 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from fedfactory_ray.classification.training import Classifier
+from fedfactory_ray.classification.card import Classifier, Expert
 from fedfactory_ray.cluster.stored import look_all
 from fedfactory_ray.errors import UnlearningError
-from fedfactory_ray.federation.expert import Expert
 from fedfactory_ray.generation.card import ModuleCard, read_cards
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage import layout
