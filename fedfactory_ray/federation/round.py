@@ -19,7 +19,7 @@ from fedfactory_ray.generation.card import ModuleCard, ModuleHandle, Modules, mo
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import MODULES, checkpoints_folder, module_folder
+from fedfactory_ray.storage.layout import CHECKPOINTS, MODULES, checkpoints_folder, module_folder
 
 log = logging.getLogger(__name__)
 Listener = Callable[[Progress | Upload], None]
@@ -41,7 +41,7 @@ def stored_modules(config: Config, partition: Partition, worker: Worker, storage
         for client, label in keys
     }
     found = find_all(storage, ModuleCard, wanted)
-    for folder in {name.rpartition("/checkpoints/")[0] for name in there} & found.keys():
+    for folder in {name.rpartition(f"/{CHECKPOINTS}/")[0] for name in there} & found.keys():
         storage.delete_folder(checkpoints_folder(folder))  # of a process that was killed at its very end
     return {card.key: ModuleHandle(card) for card in found.values()}
 

@@ -45,6 +45,8 @@ FILES = frozenset(
 MODULES, SYNTHETIC, CLASSIFIERS, EXPERTS = "modules", "synthetic", "classifier", "experts"
 FEDERATED, TUNE = "federated", "tune"
 """Checkpoints of federated methods; what Ray Tune keeps while a study runs."""
+CHECKPOINTS = "checkpoints"
+"""In the folder of what is still being made: what continues it."""
 MODULE_CARD = re.compile(rf"{MODULES}/(?P<client>[^/]+)/class-(?P<label>\d{{3,}})/{re.escape(CARD)}")
 
 EXPERT_CARD = re.compile(rf"{EXPERTS}/(?P<client>[^/]+)/{re.escape(CARD)}")
@@ -82,7 +84,7 @@ def method_folder(name: str) -> str:
 
 def checkpoints_folder(folder: str) -> str:
     """Where the checkpoints of what becomes the artefact in `folder` lie."""
-    return f"{folder}/checkpoints"
+    return f"{folder}/{CHECKPOINTS}"
 
 
 def checkpoint_folder(folder: str, step: int) -> str:

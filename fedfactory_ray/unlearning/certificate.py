@@ -69,9 +69,10 @@ def what_went(before: Facts, after: Facts) -> dict[str, list[dict[str, Any]]]:
 
 def what_stayed(before: Facts, after: Facts) -> dict[str, int]:
     """How much of the old run the new one has as it was, what determined it included."""
-    units = [shard for shard in after.shards if shard in before.shards]
+    cards, shards = before.cards, set(before.shards)  # read once: Facts parses them anew each time
+    units = [shard for shard in after.shards if shard in shards]
     return {
-        "modules": sum(card in before.cards for card in after.cards),
+        "modules": sum(card in cards for card in after.cards),
         "units": len(units),
         "images": sum(shard.n for shard in units),
         "classifiers": int(after.classifier is not None and after.classifier == before.classifier),
@@ -98,7 +99,8 @@ def cost(
         }
 
     nothing = dict.fromkeys(("modules", "classifiers", "experts"), 0)
-    again = [shard for shard in after.shards if shard not in before.shards]
+    there = set(before.shards)
+    again = [shard for shard in after.shards if shard not in there]
     spent = work(seconds, after, what_stayed(before, after), again)
     whole = original or work(before.seconds, before, nothing, before.shards)
     share = {name: spent[name] / whole[name] for name in spent if whole[name]}
