@@ -124,6 +124,23 @@ def test_training_does_not_depend_on_what_the_process_did_before() -> None:
     assert pack(train(config)[1], half=False) == first
 
 
+@pytest.mark.parametrize("at_once", [1, 5, 16])
+def test_a_batch_in_parts_gives_its_gradient(at_once: int) -> None:
+    whole, parts = (
+        train(tiny(augment="flip", min_steps=4, max_steps=4, precision="fp32", images_at_once=n))[0]
+        for n in (None, at_once)
+    )
+    assert [step.loss for step in parts] == pytest.approx([step.loss for step in whole], rel=1e-4)
+
+
+def test_no_more_images_than_told_pass_through_the_network_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    loss = Denoiser.loss
+    monkeypatch.setattr(Denoiser, "loss", lambda self, data, *more: seen.append(len(data)) or loss(self, data, *more))
+    train(tiny(min_steps=2, max_steps=2, images_at_once=6))
+    assert seen == [6, 6, 4] * 2
+
+
 def test_training_follows_the_images() -> None:
     config = tiny(min_steps=5, max_steps=5)
     assert pack(train(config, 1, class_images(5))[1], half=False) != pack(train(config, 1)[1], half=False)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedfactory_ray.federation import client
 from fedfactory_ray.federation.client import train_share
 from fedfactory_ray.generation import module
 from fedfactory_ray.generation.training import Snapshot, Training, train_denoiser
@@ -96,3 +97,40 @@ def test_a_client_goes_on_from_its_own_whole_checkpoint_alone(tmp_path: Path, ch
     assert weights == undisturbed
     # What is there and whole is not trained again.
     assert [event[:2] for event in share(storage, config, source)] == [(card, weights)]
+
+
+def test_modules_that_train_side_by_side_have_the_bytes_of_those_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = Config(generator=CONFIG.model_copy(update={"dropout": 0.0}))
+    share = {label: np.arange(label, 9) for label in range(4)}
+
+    descend, turns = Training.descend, []
+    monkeypatch.setattr(Training, "descend", lambda self: turns.append(self) or descend(self))
+
+    def trained(at_once: int) -> dict[int, bytes]:
+        turns.clear()
+        monkeypatch.setattr(client, "modules_at_once", lambda *_: at_once)
+        events = train_share(config, Pictures(), "a", share, CPU, Storage(str(tmp_path / str(at_once))))
+        modules = {event[0].label: event[1] for event in events if isinstance(event, tuple)}
+        assert len(set(turns[:3])) == at_once
+        return modules
+
+    alone = trained(1)
+    assert len(alone) == 4
+    assert trained(3) == alone
+
+
+def test_only_a_gpu_trains_modules_side_by_side_and_none_that_share_random_numbers() -> None:
+    gpu, plain = torch.device("cuda"), CONFIG.model_copy(update={"dropout": 0.0})
+    assert client.modules_at_once(plain, gpu) > 1
+    assert client.modules_at_once(plain, CPU) == client.modules_at_once(CONFIG, gpu) == 1
+
+
+def test_a_checkpoint_that_cannot_be_written_ends_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(client.Checkpoints, "save", full)
+    with pytest.raises(OSError, match="no space left"):
+        list(share(Storage(str(tmp_path)), Config(generator=CONFIG), Pictures(), seconds=1e-9))

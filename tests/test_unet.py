@@ -27,6 +27,19 @@ def wake(denoiser: Denoiser) -> Denoiser:
     return denoiser.eval()
 
 
+# Attention
+
+
+def test_heads_have_the_channels_that_they_are_told() -> None:
+    blocks = make(channels=(16, 32), attention_levels=(1,), head_channels=16).unet.down_blocks[1].attentions
+    assert {attention.heads for attention in blocks} == {2}
+
+
+def test_heads_that_do_not_divide_a_level_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"head_channels=12: the attending levels have \[8, 16\]"):
+        GeneratorConfig(channels=(8, 16), attention_levels=(0,), head_channels=12)
+
+
 # Symmetries
 
 
