@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedfactory_ray.cluster.capture import Capture
 from fedfactory_ray.cluster.devices import AUTOCAST_DTYPES, autocast
@@ -34,7 +34,7 @@ class Drawing:
             solver_steps(config.solver, config.evaluations), config.sigma_min, config.sigma_max, config.rho
         )
         if device.type == "cuda":
-            denoiser.unet.to(AUTOCAST_DTYPES[precision])
+            nn.Module.to(denoiser.unet, AUTOCAST_DTYPES[precision])  # diffusers' own `to` warns of what is not the case
             denoiser.compile_where_told()
         self.noise = torch.empty(batch_size, *denoiser.image_shape, device=device)
         self.solve = Capture(self._solve, device)
