@@ -96,16 +96,8 @@ class Fit:
         model = self.wrap(self.network)
         # Several workers, a scale that is read and streams that run beside go by no graph.
         captured = self.world == 1 and self.precision != "fp16" and isinstance(training, Held)
-        step = Step(
-            self.recipe,
-            model,
-            self.optimizer,
-            self.scaler,
-            self.device,
-            self.precision,
-            self.draw,
-            captured=captured,
-        )
+        parts = (model, self.optimizer, self.scaler, self.precision, self.draw)
+        step = Step(self.recipe, *parts, captured=captured)
         for epoch in range(len(self.history), self.recipe.epochs):
             model.train()
             loss = self._train(step, training, epoch)

@@ -35,7 +35,8 @@ def make_optimizer(recipe: ClassifierConfig, network: nn.Module, device: torch.d
 
 
 class Step:
-    """One step after another of `model`, which may be a wrapped network, by the recipe.
+    """One step after another of `model`, which may be a wrapped network, by the recipe, on the device of `draw`, which
+    augments.
 
     Nothing in it waits for the device. On a GPU, where it may be `captured`, a CUDA graph replays it.
     """
@@ -46,16 +47,15 @@ class Step:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
-        device: torch.device,
         precision: str,
         draw: torch.Generator,
         *,
         captured: bool,
     ) -> None:
         self.recipe, self.model, self.optimizer, self.scaler = recipe, model, optimizer, scaler
-        self.device, self.precision, self.draw = device, precision, draw
+        self.precision, self.draw, self.device = precision, draw, draw.device
         self.rows: tuple[Tensor, ...] = ()
-        self.run: Callable[[], Tensor] = Capture(self._run, device, [draw]) if captured else self._run
+        self.run: Callable[[], Tensor] = Capture(self._run, self.device, [draw]) if captured else self._run
 
     def __call__(self, images: Tensor, labels: Tensor, share: float) -> Tensor:
         """Step on uint8 images (n, H, W, C) and int64 labels (n,), as many each time, with this share of the peak
