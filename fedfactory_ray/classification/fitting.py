@@ -17,6 +17,7 @@ from fedfactory_ray.classification.card import Epoch
 from fedfactory_ray.classification.fast import FastNetwork
 from fedfactory_ray.classification.models import make_classifier
 from fedfactory_ray.classification.step import Step, make_optimizer
+from fedfactory_ray.cluster.capture import Capture
 from fedfactory_ray.cluster.devices import autocast, resolve_precision, seed_process
 from fedfactory_ray.data.source import Task
 from fedfactory_ray.data.transforms import to_tensor
@@ -94,13 +95,13 @@ class Fit:
         if isinstance(self.network, FastNetwork) and not self.history:
             self.network.whitening.fit(to_tensor(_first_images(training, WHITENED)))
         model = self.wrap(self.network)
+        step = Step(self.recipe, model, self.optimizer, self.scaler, self.precision, self.draw)
         # Several workers, a scale that is read and streams that run beside go by no graph.
-        captured = self.world == 1 and self.precision != "fp16" and isinstance(training, Held)
-        parts = (model, self.optimizer, self.scaler, self.precision, self.draw)
-        step = Step(self.recipe, *parts, captured=captured)
+        alone = self.world == 1 and self.precision != "fp16" and isinstance(training, Held)
+        take = Capture(step, self.device, [self.draw]) if alone else step
         for epoch in range(len(self.history), self.recipe.epochs):
             model.train()
-            loss = self._train(step, training, epoch)
+            loss = self._train(step, take, training, epoch)
             validation_loss, accuracy = self._validate(validation)
             judged = self._validate(real) if real is not None else (None, None)
             done = Epoch(epoch + 1, self.recipe.epochs, loss, validation_loss, accuracy, *judged)
@@ -116,14 +117,14 @@ class Fit:
                 "try a smaller classifier.learning_rate"
             )
 
-    def _train(self, step: Step, training: Batches, epoch: int) -> float:
+    def _train(self, step: Step, take: Callable[[], Tensor], training: Batches, epoch: int) -> float:
         # Generators of this epoch and rank: a resumed fit draws what an unbroken one draws.
         torch.manual_seed(derive_seed(self.seed, epoch, self.rank))
         self.draw.manual_seed(derive_seed(self.seed, epoch, self.rank, "augment"))
         losses = []
         for images, labels in training.epoch(epoch):
-            share = warmup_cosine(self.step, self.steps, WARMUP)
-            losses.append(step(images, labels, share))
+            step.put(images, labels, warmup_cosine(self.step, self.steps, WARMUP))
+            losses.append(take())
             self.step += 1
         return float(torch.stack(losses).mean())
 

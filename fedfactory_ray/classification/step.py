@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,7 +9,6 @@ from torch import Tensor, nn
 
 from fedfactory_ray.classification.augment import augment_batch
 from fedfactory_ray.classification.fast import FastNetwork
-from fedfactory_ray.cluster.capture import Capture
 from fedfactory_ray.cluster.devices import autocast
 from fedfactory_ray.data.transforms import to_tensor
 from fedfactory_ray.settings.sections import ClassifierConfig
@@ -35,11 +33,8 @@ def make_optimizer(recipe: ClassifierConfig, network: nn.Module, device: torch.d
 
 
 class Step:
-    """One step after another of `model`, which may be a wrapped network, by the recipe, on the device of `draw`, which
-    augments.
-
-    Nothing in it waits for the device. On a GPU, where it may be `captured`, a CUDA graph replays it.
-    """
+    """An optimiser step of `model`, which may be a wrapped network, by the recipe, on the device of `draw`, which
+    augments. It waits for nothing, and on a GPU can be captured."""
 
     def __init__(
         self,
@@ -49,17 +44,14 @@ class Step:
         scaler: torch.amp.GradScaler,
         precision: str,
         draw: torch.Generator,
-        *,
-        captured: bool,
     ) -> None:
         self.recipe, self.model, self.optimizer, self.scaler = recipe, model, optimizer, scaler
         self.precision, self.draw, self.device = precision, draw, draw.device
         self.rows: tuple[Tensor, ...] = ()
-        self.run: Callable[[], Tensor] = Capture(self._run, self.device, [draw]) if captured else self._run
 
-    def __call__(self, images: Tensor, labels: Tensor, share: float) -> Tensor:
-        """Step on uint8 images (n, H, W, C) and int64 labels (n,), as many each time, with this share of the peak
-        learning rate; returns the loss, a scalar on the device."""
+    def put(self, images: Tensor, labels: Tensor, share: float) -> None:
+        """Have the next step take these uint8 images (n, H, W, C) and int64 labels (n,), as many each time, and this
+        share of the peak learning rate."""
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(group["initial_lr"] * share)
@@ -67,13 +59,14 @@ class Step:
                 group["lr"] = group["initial_lr"] * share
         if self.device.type == "cpu":
             self.rows = (images, labels)
-        else:  # always in the same place, where a replayed step reads them
-            self.rows = self.rows or tuple(torch.empty_like(each, device=self.device) for each in (images, labels))
-            for place, each in zip(self.rows, (images, labels), strict=True):
-                place.copy_(each, non_blocking=True)
-        return self.run()
+            return
+        # Always in the same place, where a replayed step reads them.
+        self.rows = self.rows or tuple(torch.empty_like(each, device=self.device) for each in (images, labels))
+        for place, each in zip(self.rows, (images, labels), strict=True):
+            place.copy_(each, non_blocking=True)
 
-    def _run(self) -> Tensor:
+    def __call__(self) -> Tensor:
+        """Take the step; returns the loss, a scalar on the device."""
         images, labels = self.rows
         inputs = augment_batch(to_tensor(images, self.device), self.recipe, self.draw)
         with autocast(self.device, self.precision):
