@@ -214,9 +214,10 @@ def test_the_predictor_equals_transform_network_and_softmax(channels: int, side:
     torch.testing.assert_close(found.sum(1), torch.ones(6))
 
 
-def test_the_predictor_can_be_exported_for_any_number_of_images() -> None:
+@pytest.mark.parametrize("name", ["cnn", "fast"])
+def test_the_predictor_can_be_exported_for_any_number_of_images(name: str) -> None:
     torch.manual_seed(0)
-    predictor = Predictor(make_classifier("cnn", Task(4, 1, 8))).eval()
+    predictor = Predictor(make_classifier(name, Task(4, 1, 8), flips="horizontal")).eval()
     pixels = torch.randint(0, 256, (6, 8, 8, 1), dtype=torch.uint8)
     exported = torch.export.export(predictor, (pixels,), dynamic_shapes=({0: torch.export.Dim("n", min=1)},)).module()
     for n in (1, 2, 6):

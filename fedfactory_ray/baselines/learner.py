@@ -72,7 +72,7 @@ class Learner:
         self.precision = resolve_precision(self.recipe.precision, device)
         # The weights that the recipe's other fits start from.
         seed_process(derive_seed(config.seed, "classifier"))
-        self.network = make_classifier(self.recipe.model, task, self.recipe.norm).to(device)
+        self.network = make_classifier(self.recipe.model, task, self.recipe.norm, self.recipe.flips).to(device)
         self.parameters = list(self.network.parameters())
         self.buffers = [buffer for buffer in self.network.buffers() if buffer.is_floating_point()]
         self.losses: list[Tensor] = []

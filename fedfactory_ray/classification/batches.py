@@ -30,6 +30,9 @@ def keep_side(table: pa.Table, unit_size: int, fraction: float, *, validation: b
 class Batches(Protocol):
     """One side (training or validation) of the rows, as a worker sees it."""
 
+    def to(self, device: torch.device) -> None:
+        """Hand batches out for use on `device`."""
+
     def epoch(self, epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """This worker's part of each global batch: uint8 images (n, H, W, C) and int64 labels (n,).
 
@@ -38,7 +41,31 @@ class Batches(Protocol):
         """
 
 
-class HeldBatches:
+class Held:
+    """Rows held in memory: uint8 images (n, H, W, C), int64 labels (n,). Subclasses choose the order."""
+
+    images: Tensor
+    labels: Tensor
+    batch_size: int
+
+    def to(self, device: torch.device) -> None:
+        """See Batches: on a GPU the rows lie there, where they take no more than a quarter of what is free."""
+        if device.type == "cuda" and self.images.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
+            self.images, self.labels = self.images.to(device), self.labels.to(device)
+
+    def gather(self, order: Tensor, size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+        """Rows in this order (n,), in batches of `size`; of each, the share of one rank."""
+        for batch in order.to(self.images.device).split(size):
+            chosen = batch[rank::world]
+            yield self.images[chosen], self.labels[chosen]
+
+    @property
+    def reading_size(self) -> int:
+        """Images a batch that is only judged: on a GPU more, for launches cost more than images there."""
+        return self.batch_size * (4 if self.images.is_cuda else 1)
+
+
+class HeldBatches(Held):
     """Rows held as uint8, in an order that depends on what they are and not on how they came."""
 
     def __init__(
@@ -51,15 +78,12 @@ class HeldBatches:
 
     def epoch(self, epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """See Batches: every worker shuffles alike and takes its rank's part of each batch."""
-        n, size = len(self.labels), self.batch_size
-        order = torch.arange(n)
-        if epoch is not None:
-            order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed + epoch))
-            size = min(size, n)
-            n -= n % size
-        for start in range(0, n, size):
-            chosen = order[start : min(start + size, n)][self.rank :: self.world]
-            yield self.images[chosen], self.labels[chosen]
+        n = len(self.labels)
+        if epoch is None:
+            return self.gather(torch.arange(n), self.reading_size, self.rank, self.world)
+        order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed + epoch))
+        size = min(self.batch_size, n)
+        return self.gather(order[: n - n % size], size, self.rank, self.world)
 
 
 @dataclass(frozen=True)
@@ -71,7 +95,7 @@ class Group:
     shown: int
 
 
-class BalancedBatches:
+class BalancedBatches(Held):
     """Groups held as uint8. Each epoch draws `shown` images per group without replacement, starting over when a group
     runs out."""
 
@@ -95,12 +119,11 @@ class BalancedBatches:
             rounds = [start + torch.randperm(n, generator=draw) for _ in range(-(-shown // n))]
             chosen.append(torch.cat(rounds)[:shown])
             start += n
-        order, size = torch.cat(chosen), self.batch_size
-        if epoch is not None:
-            order, size = order[torch.randperm(len(order), generator=draw)], min(size, len(order))
-            order = order[: self.steps * size]
-        for rows in order.split(size):
-            yield self.images[rows], self.labels[rows]
+        order = torch.cat(chosen)
+        if epoch is None:
+            return self.gather(order, self.reading_size)
+        order, size = order[torch.randperm(len(order), generator=draw)], min(self.batch_size, len(order))
+        return self.gather(order[: self.steps * size], size)
 
 
 class StreamedBatches:
@@ -108,6 +131,11 @@ class StreamedBatches:
 
     def __init__(self, rows: Any, shape: tuple[int, int, int], batch_size: int, seed: int, steps: int) -> None:
         self.rows, self.shape, self.batch_size, self.seed, self.steps = rows, shape, batch_size, seed, steps
+        self.pinned = False
+
+    def to(self, device: torch.device) -> None:
+        """See Batches: copies to a GPU start from pinned memory, so that nothing waits for them."""
+        self.pinned = device.type == "cuda"
 
     def epoch(self, epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """See Batches; all workers take the same number of training steps."""
@@ -122,5 +150,5 @@ class StreamedBatches:
         for step, batch in enumerate(batches):
             if epoch is not None and step == self.steps:
                 return
-            labels = torch.tensor(batch["label"].to_numpy())
-            yield torch.tensor(images_of(batch, self.shape)), labels.long()
+            images, labels = torch.tensor(images_of(batch, self.shape)), torch.tensor(batch["label"].to_numpy()).long()
+            yield (images.pin_memory(), labels.pin_memory()) if self.pinned else (images, labels)

@@ -12,10 +12,12 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from fedfactory_ray.classification.augment import augment_batch
-from fedfactory_ray.classification.batches import Batches
+from fedfactory_ray.classification.batches import Batches, Held
 from fedfactory_ray.classification.card import Epoch
+from fedfactory_ray.classification.fast import FastNetwork
 from fedfactory_ray.classification.models import make_classifier
+from fedfactory_ray.classification.step import Step, make_optimizer
+from fedfactory_ray.cluster.capture import Capture
 from fedfactory_ray.cluster.devices import autocast, resolve_precision, seed_process
 from fedfactory_ray.data.source import Task
 from fedfactory_ray.data.transforms import to_tensor
@@ -25,23 +27,27 @@ from fedfactory_ray.settings.sections import ClassifierConfig
 from fedfactory_ray.storage.layout import PROGRESS, STATE, WEIGHTS
 
 WARMUP = 0.05
-
-
-def make_optimizer(config: ClassifierConfig, network: nn.Module) -> torch.optim.Optimizer:
-    """The recipe's optimiser."""
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            network.parameters(),
-            config.learning_rate,
-            momentum=0.9,
-            nesterov=True,
-            weight_decay=config.weight_decay,
-        )
-    return torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+WHITENED = 512
+"""Images whose patches whiten a network's first layer."""
 
 
 def _itself(network: nn.Module) -> nn.Module:
     return network
+
+
+def _first_images(batches: Batches, n: int) -> Tensor:
+    """`n` images of the first epoch, uint8 (n, H, W, C) on the CPU, or all if there are fewer."""
+    found: list[Tensor] = []
+    for images, _ in batches.epoch(0):
+        found.append(images.cpu())
+        if sum(map(len, found)) >= n:
+            break
+    return torch.cat(found)[:n]
+
+
+def _kept(tensor: Tensor) -> Tensor:
+    """A copy on the CPU, in the layout that safetensors asks for."""
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 class Fit:
@@ -65,10 +71,13 @@ class Fit:
         self.precision = resolve_precision(recipe.precision, device)
         self.steps = recipe.epochs * steps_per_epoch
         seed_process(seed)
-        self.network = make_classifier(recipe.model, task, recipe.norm).to(device)
-        self.optimizer = make_optimizer(recipe, self.network)
+        self.network = make_classifier(recipe.model, task, recipe.norm, recipe.flips).to(device)
+        if device.type == "cuda":
+            self.network.to(memory_format=torch.channels_last)  # what its convolutions compute in
+        self.optimizer = make_optimizer(recipe, self.network, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=self.precision == "fp16")
         self.wrap = wrap
+        self.draw = torch.Generator(device)
         self.step = 0
         self.history: list[Epoch] = []
         self.best: Epoch | None = None
@@ -80,9 +89,19 @@ class Fit:
         `validation` chooses the epoch; what is told of `real` changes nothing. Raises FloatingPointError where no
         epoch has a finite validation loss.
         """
+        for side in (training, validation, real):
+            if side is not None:
+                side.to(self.device)
+        if isinstance(self.network, FastNetwork) and not self.history:
+            self.network.whitening.fit(to_tensor(_first_images(training, WHITENED)))
         model = self.wrap(self.network)
+        step = Step(self.recipe, model, self.optimizer, self.scaler, self.precision, self.draw)
+        # Several workers, a scale that is read and streams that run beside go by no graph.
+        alone = self.world == 1 and self.precision != "fp16" and isinstance(training, Held)
+        take = Capture(step, self.device, [self.draw]) if alone else step
         for epoch in range(len(self.history), self.recipe.epochs):
-            loss = self._train(model, training, epoch)
+            model.train()
+            loss = self._train(step, take, training, epoch)
             validation_loss, accuracy = self._validate(validation)
             judged = self._validate(real) if real is not None else (None, None)
             done = Epoch(epoch + 1, self.recipe.epochs, loss, validation_loss, accuracy, *judged)
@@ -90,7 +109,7 @@ class Fit:
             better = self.best is None or done.validation_loss <= self.best.validation_loss
             if better and math.isfinite(done.validation_loss):
                 self.best = done
-                self.best_weights = {k: v.detach().cpu().clone() for k, v in self.network.state_dict().items()}
+                self.best_weights = {k: _kept(v) for k, v in self.network.state_dict().items()}
             yield done
         if self.best is None:
             raise FloatingPointError(
@@ -98,26 +117,14 @@ class Fit:
                 "try a smaller classifier.learning_rate"
             )
 
-    def _train(self, model: nn.Module, training: Batches, epoch: int) -> float:
+    def _train(self, step: Step, take: Callable[[], Tensor], training: Batches, epoch: int) -> float:
         # Generators of this epoch and rank: a resumed fit draws what an unbroken one draws.
         torch.manual_seed(derive_seed(self.seed, epoch, self.rank))
-        draw = torch.Generator(self.device).manual_seed(derive_seed(self.seed, epoch, self.rank, "augment"))
-        model.train()
+        self.draw.manual_seed(derive_seed(self.seed, epoch, self.rank, "augment"))
         losses = []
         for images, labels in training.epoch(epoch):
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.recipe.learning_rate * warmup_cosine(self.step, self.steps, WARMUP)
-            inputs = augment_batch(to_tensor(images, self.device), self.recipe, draw)
-            with autocast(self.device, self.precision):
-                logits = model(inputs)
-            loss = nn.functional.cross_entropy(
-                logits.float(), labels.to(self.device), label_smoothing=self.recipe.label_smoothing
-            )
-            self.optimizer.zero_grad()
-            self.scaler.scale(loss).backward()
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            losses.append(loss.detach())
+            step.put(images, labels, warmup_cosine(self.step, self.steps, WARMUP))
+            losses.append(take())
             self.step += 1
         return float(torch.stack(losses).mean())
 
@@ -125,17 +132,19 @@ class Fit:
     def _validate(self, batches: Batches) -> tuple[float, float]:
         """Mean loss and accuracy of the validation rows, over all workers."""
         self.network.eval()
-        sums = torch.zeros(3, dtype=torch.float64)
+        sums, count = torch.zeros(2, dtype=torch.float64, device=self.device), 0
         for images, labels in batches.epoch(None):
+            labels = labels.to(self.device, non_blocking=True)
             with autocast(self.device, self.precision):
-                logits = self.network(to_tensor(images, self.device)).float().cpu()
+                logits = self.network(to_tensor(images, self.device)).float()
             loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
-            sums += torch.tensor([loss, (logits.argmax(1) == labels).sum(), len(labels)])
+            sums += torch.stack([loss.double(), (logits.argmax(1) == labels).sum().double()])
+            count += len(labels)
+        sums = torch.cat([sums, torch.tensor([count], dtype=torch.float64, device=self.device)])
         if self.world > 1:
-            sums = sums.to(self.device)
             torch.distributed.all_reduce(sums)
-        total, right, count = sums.tolist()
-        return total / count, right / count
+        total, right, images_seen = sums.tolist()
+        return total / images_seen, right / images_seen
 
     def save(self) -> dict[str, bytes]:
         """A checkpoint, as files by name: the best weights as safetensors, and what continues the fit."""
@@ -158,7 +167,13 @@ class Fit:
         """Go on from a checkpoint of the same recipe."""
         state = torch.load(io.BytesIO(files[STATE]), map_location=self.device, weights_only=True)
         self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        # Only what was accumulated: on another kind of device the optimiser has other options and layouts.
+        options = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state["optimizer"]["state"], "param_groups": options})
+        for parameter, values in self.optimizer.state.items():
+            for name, value in values.items():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    values[name] = torch.empty_like(parameter).copy_(value)
         self.scaler.load_state_dict(state["scaler"])
         self.best_weights = safetensors.torch.load(files[WEIGHTS])
         progress = json.loads(files[PROGRESS])

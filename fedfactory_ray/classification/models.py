@@ -6,8 +6,9 @@ from functools import partial
 
 from torch import nn
 
+from fedfactory_ray.classification.fast import FastNetwork
 from fedfactory_ray.data.source import Task
-from fedfactory_ray.settings.sections import Norm
+from fedfactory_ray.settings.sections import Flips, Norm
 
 
 def make_norm(norm: Norm, channels: int) -> nn.Module:
@@ -50,8 +51,12 @@ def small_image_resnet(name: str, channels: int, classes: int, resolution: int, 
     return network
 
 
-def make_classifier(name: str, task: Task, norm: Norm = "group") -> nn.Module:
-    """An untrained network: float images (n, channels, side, side) in [-1, 1] to logits (n, classes)."""
+def make_classifier(name: str, task: Task, norm: Norm = "group", flips: Flips = "none") -> nn.Module:
+    """An untrained network: float images (n, channels, side, side) in [-1, 1] to logits (n, classes). `flips` are the
+    symmetries that leave an image's class as it is."""
     if name == "cnn":
         return small_cnn(task.channels, task.classes, norm)
+    if name == "fast":
+        mirrored = flips != "none"
+        return FastNetwork(task.channels, task.classes, task.resolution, partial(make_norm, norm), mirrored=mirrored)
     return small_image_resnet(name, task.channels, task.classes, task.resolution, norm)

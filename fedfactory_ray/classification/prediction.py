@@ -45,7 +45,8 @@ class TestResult:
 
 def load_network(config: Config, task: Task, storage: Storage, folder: str) -> torch.nn.Module:
     """The fitted network of a classifier in storage, in evaluation mode, on the CPU."""
-    network = make_classifier(config.classifier.model, task, config.classifier.norm)
+    recipe = config.classifier
+    network = make_classifier(recipe.model, task, recipe.norm, recipe.flips)
     network.load_state_dict(safetensors.torch.load(storage.read(f"{folder}/{WEIGHTS}")))
     return network.eval()
 
@@ -55,7 +56,7 @@ def predict_logits(network: torch.nn.Module, images: np.ndarray, device: torch.d
     """Logits float32 (n, classes), on the CPU, of uint8 images (n, H, W, C), computed in float32."""
     network.to(device)
     batches = [images[start : start + BATCH_SIZE] for start in range(0, len(images), BATCH_SIZE)]
-    return torch.cat([network(to_tensor(batch, device)).float().cpu() for batch in batches])
+    return torch.cat([network(to_tensor(batch, device)).float() for batch in batches]).cpu()
 
 
 @ray.remote
