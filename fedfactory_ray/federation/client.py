@@ -128,6 +128,7 @@ def train_share(
 
     from fedfactory_ray.cluster.devices import resolve_precision
     from fedfactory_ray.generation import module
+    from fedfactory_ray.generation.canary import canary, joined
     from fedfactory_ray.generation.training import Snapshot, TrainingStep, train_denoiser
 
     generator, precision = config.generator, resolve_precision(config.generator.precision, device)
@@ -148,16 +149,16 @@ def train_share(
             checkpoints.delete()  # of a process that was killed at its very end
             yield there, storage.read(f"{folder}/{WEIGHTS}"), 0.0
             continue
-        newest, content = checkpoints.newest(), None
+        newest, content, made_by = checkpoints.newest(), None, canary(device, precision)
         if newest is not None:
-            content = checkpoints.read(newest, SNAPSHOT)
+            content, made_by = checkpoints.read(newest, SNAPSHOT), joined(newest.state.get("canary", ""), made_by)
             yield Progress(client, label, newest.step, steps, float("nan"), resumed=True)
         images, seconds = torch.from_numpy(pixels), config.storage.checkpoint_seconds
         for event in train_denoiser(images, generator, device, seed, content, seconds):
             if isinstance(event, TrainingStep):
                 yield Progress(client, label, event.step, event.steps, event.loss)
             elif isinstance(event, Snapshot):
-                checkpoints.save(event.step, {SNAPSHOT: event.content})
+                checkpoints.save(event.step, {SNAPSHOT: event.content}, {"canary": made_by})
             else:
                 weights = module.pack(event, half=generator.half_precision_upload)
                 channels, resolution, _ = event.image_shape
@@ -171,6 +172,7 @@ def train_share(
             precision=precision,
             generator=generator.model_dump(mode="json"),
             size=len(weights),
+            canary=made_by,
             fingerprint=made_of,
             files={WEIGHTS: storage.write(f"{folder}/{WEIGHTS}", weights)},
         )

@@ -72,13 +72,15 @@ class Synthesizer:
 
     def draw(self, unit: Unit) -> Shard:
         """Draw a unit and write its file."""
+        from fedfactory_ray.generation.canary import canary
         from fedfactory_ray.generation.sampling import draw_images
 
         key, size = (unit.client, unit.label), self.config.synthesis.batch_size
         images = draw_images(
             self.denoiser(key), self.config.sampler, unit.n, size, unit.seed, self.device, self.precision
         )
-        return write_shard(self.target, unit, images, unit.fingerprint(self.config, self.modules[key].card))
+        made_of, made_by = unit.fingerprint(self.config, self.modules[key].card), canary(self.device, self.precision)
+        return write_shard(self.target, unit, images, made_of, made_by)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Draw the batch's units, a row each; returns a column a field of their shards, and where they were drawn."""
