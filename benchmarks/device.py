@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from fedfactory_ray.classification.batches import HeldBatches
 from fedfactory_ray.classification.fitting import Fit
-from fedfactory_ray.cluster.devices import environment, prepare_process, resolve_precision
+from fedfactory_ray.cluster.devices import prepare_process, resolve_precision
+from fedfactory_ray.cluster.environment import environment
 from fedfactory_ray.data.source import Task
 from fedfactory_ray.generation.sampling import Drawing
 from fedfactory_ray.generation.training import Training

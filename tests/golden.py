@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from fedfactory_ray.cluster.devices import environment
+from fedfactory_ray.cluster.environment import environment
 from fedfactory_ray.comparison.compare import compare
 from fedfactory_ray.pipeline import phases
 from fedfactory_ray.settings.command_line import stored_config

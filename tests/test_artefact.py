@@ -138,13 +138,13 @@ def change(storage: Storage, **facts: Any) -> None:
 
 def test_a_card_of_a_newer_format_is_refused_by_what_is_unknown_in_it(storage: Storage) -> None:
     made(storage)
-    change(storage, format=2, canary="new")
-    with pytest.raises(CardError, match=r"card of a thing[\s\S]*format 2 \(canary\), where 1 is known[\s\S]*a version"):
+    change(storage, format=3, canary="new")
+    with pytest.raises(CardError, match=r"card of a thing[\s\S]*format 3 \(canary\), where 2 is known[\s\S]*a version"):
         look(storage, Thing, "things/one", "f00d")
-    for version in (2, "1", None):  # of known facts alone, too: an older version would replace it
+    for version in (3, "1", None):  # of known facts alone, too: an older version would replace it
         made(storage)
         change(storage, format=version)
-        with pytest.raises(CardError, match="where 1 is known"):
+        with pytest.raises(CardError, match="where 2 is known"):
             look(storage, Thing, "things/one", "f00d")
     made(storage)
     change(storage, canary="new")

@@ -105,7 +105,7 @@ def other_network(folder: Path) -> None:
         (other_network, "north", r"tensor .* of shape"),
         (lambda folder: change_card(folder, generator={"channels": [7]}), "north", "multiple of norm_groups"),
         (lambda folder: change_card(folder, extra=1), "north", r"its card cannot be read[\s\S]*found:  extra"),
-        (lambda folder: change_card(folder, format=2, more=1), "north", r"format 2 \(more\), where 1 is known"),
+        (lambda folder: change_card(folder, format=3, more=1), "north", r"format 3 \(more\), where 2 is known"),
         (lambda folder: change_card(folder, n_images="many"), "north", r"its card cannot be read[\s\S]*n_images"),
         (lambda folder: change_card(folder, files={"model.safetensors": "0", "x": "0"}), "north", "it is of files"),
         (lambda folder: (folder / "card.json").write_text("{"), "north", "its card cannot be read"),

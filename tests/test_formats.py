@@ -16,6 +16,7 @@ from fedfactory_ray.cluster.plan import make_plan
 from fedfactory_ray.cluster.stored import look_all
 from fedfactory_ray.errors import CardError, RunConflictError
 from fedfactory_ray.federation.round import stored_modules
+from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.pipeline.session import claim
 from fedfactory_ray.settings.command_line import stored_config
 from fedfactory_ray.settings.config import Config
@@ -55,10 +56,14 @@ def test_facts_are_read_and_survive_a_certificate() -> None:
     stored = json.loads((RUNS / "run" / "modules" / "client-001" / "class-001" / "card.json").read_text())
     assert facts.cards[2].sha256 == stored["sha256"]
     assert facts.cards[2].files == {"model.safetensors": stored["sha256"]}
+    assert {made.canary for made in (*facts.cards, *facts.shards)} == {""}
     assert len(facts.digests()) == 1 + 1 + 5 + 8 + 1 + 3 + 3
     assert Facts(**json.loads(json.dumps(vars(facts)))).digests() == facts.digests()
     # Certificates of that version hold cards as they were then.
     assert replace(facts, modules=[stored]).cards == [facts.cards[2]]
+    tree = facts.cards[2].to_tree()
+    del tree["canary"]
+    assert ModuleCard.from_tree(tree | {"format": 1}) == facts.cards[2]
 
 
 def test_every_kind_of_card_is_read() -> None:
@@ -75,8 +80,8 @@ def test_every_kind_of_card_is_read() -> None:
 
 def test_units_hold_what_the_manifest_says(cluster: None) -> None:
     lines = [Shard.from_tree(line) for line in OLD.read_json("manifest.json")]
-    with pytest.raises(CardError, match=r"card of a unit[\s\S]*canary"):
-        Shard.from_tree(vars(lines[0]) | {"canary": "new"})
+    with pytest.raises(CardError, match=r"card of a unit[\s\S]*weather"):
+        Shard.from_tree(vars(lines[0]) | {"weather": "fine"})
     looked = look_all(OLD, Shard, {line.file: line.fingerprint for line in lines})
     assert [looked[line.file].artefact for line in lines] == lines
     assert (

@@ -12,6 +12,7 @@ import torch
 
 from fedfactory_ray.federation import client
 from fedfactory_ray.federation.client import train_share
+from fedfactory_ray.generation import canary as canaries
 from fedfactory_ray.generation import module
 from fedfactory_ray.generation.training import Snapshot, Training, train_denoiser
 from fedfactory_ray.generation.unet import Denoiser
@@ -78,8 +79,10 @@ class Pictures:
         return self.pixels[indices]
 
 
-@pytest.mark.parametrize("change", ["nothing", "torn", "other images", "another seed"])
-def test_a_client_goes_on_from_its_own_whole_checkpoint_alone(tmp_path: Path, change: str) -> None:
+@pytest.mark.parametrize("change", ["nothing", "another machine", "torn", "other images", "another seed"])
+def test_a_client_goes_on_from_its_own_whole_checkpoint_alone(
+    tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     storage, config = Storage(str(tmp_path)), Config(generator=CONFIG)
     broken = share(storage, config, Pictures(), seconds=1e-9)
     next(event for event in broken if storage.names("modules"))
@@ -87,11 +90,15 @@ def test_a_client_goes_on_from_its_own_whole_checkpoint_alone(tmp_path: Path, ch
     (file,) = [name for name in storage.names("modules") if name.endswith(".safetensors")]
     if change == "torn":
         storage.write(file, storage.read(file)[:5000])
+    here = canaries.canary(CPU, "fp32")
+    if change == "another machine":
+        monkeypatch.setattr(canaries, "canary", lambda device, precision: "f00d")
     source = Pictures(1 if change == "other images" else 0)
     if change == "another seed":
         config = config.model_copy(update={"seed": 5})
     first, *_, (card, weights, _) = share(storage, config, source)
-    assert first.resumed == (change == "nothing")
+    assert first.resumed == (change in ("nothing", "another machine"))
+    assert card.canary == (canaries.joined(here, "f00d") if change == "another machine" else here)
     assert storage.names("modules") == [f"{card.folder}/card.json", f"{card.folder}/model.safetensors"]
     *_, (_, undisturbed, _) = share(Storage(str(tmp_path / "undisturbed")), config, source)
     assert weights == undisturbed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -370,6 +371,15 @@ def test_what_cannot_be_promised_is_refused_before_anything_is_touched(place: Pl
     with pytest.raises(UnlearningError, match="torch version '0"):
         place.forget("client-001")
     environment.write_text(here)
+    # One module alone was made elsewhere; whoever evaluated the run could not see that.
+    card = place.folder / "runs" / "small" / "modules" / "client-002" / "class-001" / "card.json"
+    as_made = card.read_text()
+    canary = json.loads(as_made)["canary"]
+    card.write_text(as_made.replace(canary, "f00d" * 16))
+    told = f"modules client-002/1 were made with canary f00df00df00d…, here it is {canary[:12]}…"
+    with pytest.raises(UnlearningError, match=re.escape(f"bit for bit: {told}\n")):
+        place.forget("client-001")
+    card.write_text(as_made)
     assert content(place.folder / "runs") == before
     shard = next((place.folder / "runs" / "small").glob("synthetic/class-002/*.parquet"))
     shard.write_bytes(shard.read_bytes()[:-1])

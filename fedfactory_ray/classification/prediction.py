@@ -14,7 +14,8 @@ from scipy.special import softmax
 from fedfactory_ray.classification.ensemble import mixture, product
 from fedfactory_ray.classification.evaluation import Difference, Evaluation, evaluate, paired_difference
 from fedfactory_ray.classification.models import make_classifier
-from fedfactory_ray.cluster.devices import assigned_device, environment, prepare_process
+from fedfactory_ray.cluster.devices import assigned_device, prepare_process
+from fedfactory_ray.cluster.environment import environment
 from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.data.source import Task
 from fedfactory_ray.data.transforms import to_tensor

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
 import random
-from importlib.metadata import version
 
 import numpy as np
 import torch
@@ -32,30 +30,21 @@ def assigned_device(gpu_ids: list[int] | list[str]) -> torch.device:
 
 
 def prepare_process(threads: int, device: torch.device) -> torch.device:
-    """Fix what could vary in a process that computes on `device` with so many torch threads; returns the device."""
+    """Fix what could vary in a process that computes on `device` with so many torch threads; returns the device.
+
+    On CUDA an operation without a deterministic kernel raises RuntimeError. To be warned is not enough there: attention
+    (flash, memory-efficient, cuDNN) would keep a backward pass that differs from run to run. In mode `error` torch
+    takes the deterministic ones of the first two and leaves cuDNN's out (ATen/native/transformers/cuda/sdp_utils.cpp).
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = False
-    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms imports the compiler: seconds
+    # use_deterministic_algorithms would import the compiler: seconds
+    torch.set_deterministic_debug_mode("error" if device.type == "cuda" else "warn")
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # saves a pass
     if device.type == "cuda":
         torch.cuda.set_device(device)
     return device
-
-
-LIBRARIES = ("torch", "torchvision", "diffusers", "accelerate", "numpy", "pyarrow", "ray", "fedfactory-ray")
-
-
-def environment(device: torch.device) -> dict[str, str]:
-    """What results on `device` may depend on beside the config: versions of libraries, processor, GPU."""
-    capabilities = torch.cpu.get_capabilities()
-    flags = sorted(name for name, value in capabilities.items() if value is True)
-    found = {f"{name} version": version(name) for name in LIBRARIES}
-    found["processor"] = f"{capabilities.get('cpu_name', platform.machine())} ({' '.join(flags)})"
-    if device.type == "cuda":
-        found |= {"gpu": torch.cuda.get_device_name(device), "cuda": str(torch.version.cuda)}
-        found["cudnn"] = str(torch.backends.cudnn.version())
-    return found
 
 
 def seed_process(seed: int) -> None:

@@ -166,6 +166,7 @@ def _train_module(
 
     from fedfactory_ray.cluster.devices import resolve_precision
     from fedfactory_ray.generation import module
+    from fedfactory_ray.generation.canary import canary, joined
     from fedfactory_ray.generation.training import Snapshot, Training, TrainingStep
 
     began, folder = time.monotonic(), module_folder(client, label)
@@ -185,9 +186,11 @@ def _train_module(
         checkpoints.delete()  # of a process that was killed at its very end
         yield there, storage.read(f"{folder}/{WEIGHTS}"), 0.0
         return
-    training, newest = Training(torch.from_numpy(pixels), generator, device, seed), checkpoints.newest()
+    made_by, newest = canary(device, precision), checkpoints.newest()
+    training = Training(torch.from_numpy(pixels), generator, device, seed)
     if newest is not None:
         training.load(checkpoints.read(newest, SNAPSHOT))
+        made_by = joined(newest.state.get("canary", ""), made_by)
         yield Progress(client, label, newest.step, steps, float("nan"), resumed=True)
     with ThreadPoolExecutor(1) as writer:  # training goes on while a checkpoint is written
         written: Future[None] | None = None
@@ -199,7 +202,8 @@ def _train_module(
             elif isinstance(event, Snapshot):
                 if written is not None:
                     written.result()
-                written = writer.submit(checkpoints.save, event.step, {SNAPSHOT: event.content})
+                files, state = {SNAPSHOT: event.content}, {"canary": made_by}
+                written = writer.submit(checkpoints.save, event.step, files, state)
             else:
                 weights = module.pack(event, half=generator.half_precision_upload)
                 channels, resolution, _ = event.image_shape
@@ -215,6 +219,7 @@ def _train_module(
         precision=precision,
         generator=generator.model_dump(mode="json"),
         size=len(weights),
+        canary=made_by,
         fingerprint=made_of,
         files={WEIGHTS: storage.write(f"{folder}/{WEIGHTS}", weights)},
     )

@@ -14,7 +14,11 @@ from fedfactory_ray.storage.layout import MODULE_CARD, MODULES, module_folder
 @dataclass(frozen=True)
 class ModuleCard(Artefact):
     """Provenance of a module: everything about it but its weights. `n_images` of its class trained it in `precision`;
-    the weights are of `size` bytes."""
+    the weights are of `size` bytes.
+
+    `canary` is that of the processes that trained it (see generation.canary), and those of all where several did after
+    one another; empty where an earlier version did. It determines nothing: a module made elsewhere is found.
+    """
 
     kind: ClassVar[str] = "module"
     renamed: ClassVar[dict[str, str]] = {"images": "n_images"}
@@ -27,6 +31,7 @@ class ModuleCard(Artefact):
     precision: str
     generator: dict[str, Any]
     size: int
+    canary: str = ""
 
     @property
     def key(self) -> tuple[str, int]:

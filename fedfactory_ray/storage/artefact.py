@@ -16,8 +16,10 @@ from fedfactory_ray.errors import CardError
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import CARD, WEIGHTS
 
-FORMAT = 1
-"""Of the cards that are written. Cards of format 0 have none; they are read, and what they lack gets its default."""
+FORMAT = 2
+"""Of the cards that are written. It rises with every new fact, for a version that does not know one would take the card
+for damaged and make the artefact again. Older cards are read (those of format 0 have none), and what they lack gets its
+default: 2 brought the module's canary."""
 DAMAGED = "it is damaged"
 
 

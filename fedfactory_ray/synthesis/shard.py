@@ -15,13 +15,17 @@ from fedfactory_ray.errors import CardError
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.plan import Unit
 
-ROWS_DIGEST, SHAPE, MADE_OF = b"fedfactory.rows_sha256", b"fedfactory.shape", b"fedfactory.fingerprint"
+ROWS_DIGEST, SHAPE = b"fedfactory.rows_sha256", b"fedfactory.shape"
+MADE_OF, MADE_BY = b"fedfactory.fingerprint", b"fedfactory.canary"
 """Keys of a file's metadata."""
 
 
 @dataclass(frozen=True)
 class Shard:
-    """What a unit's file holds: a line of the manifest. A file is its own card (see `storage.artefact.Kept`)."""
+    """What a unit's file holds: a line of the manifest. A file is its own card (see `storage.artefact.Kept`).
+
+    `canary` is that of the process that drew it (see generation.canary); empty where an earlier version did.
+    """
 
     kind: ClassVar[str] = "unit"
     file: str
@@ -32,6 +36,7 @@ class Shard:
     module_sha256: str
     rows_sha256: str
     fingerprint: str = ""
+    canary: str = ""
 
     @classmethod
     def from_tree(cls, line: dict[str, Any]) -> Shard:
@@ -59,10 +64,11 @@ class Shard:
         return True
 
 
-def shard_of(unit: Unit, images: np.ndarray, fingerprint: str = "") -> Shard:
+def shard_of(unit: Unit, images: np.ndarray, fingerprint: str = "", canary: str = "") -> Shard:
     """The manifest's line of a unit whose images are uint8 (n, H, W, C)."""
     digest = rows_digest(unit, images)
-    return Shard(unit.file, unit.client, unit.label, unit.index, unit.n, unit.module_sha256, digest, fingerprint)
+    place = (unit.file, unit.client, unit.label, unit.index)
+    return Shard(*place, unit.n, unit.module_sha256, digest, fingerprint, canary)
 
 
 def manifest_digest(manifest: list[Shard]) -> str:
@@ -120,11 +126,11 @@ def to_table(unit: Unit, images: np.ndarray) -> pa.Table:
     return table.replace_schema_metadata({ROWS_DIGEST: rows_digest(unit, images).encode(), SHAPE: shape})
 
 
-def write_shard(storage: Storage, unit: Unit, images: np.ndarray, fingerprint: str = "") -> Shard:
-    """Write a unit's file atomically; `fingerprint` is what determined its images."""
-    table, shard = to_table(unit, images), shard_of(unit, images, fingerprint)
+def write_shard(storage: Storage, unit: Unit, images: np.ndarray, fingerprint: str = "", canary: str = "") -> Shard:
+    """Write a unit's file atomically; `fingerprint` is what determined its images, `canary` that of the process."""
+    table, shard = to_table(unit, images), shard_of(unit, images, fingerprint, canary)
     with storage.writing(unit.file) as stream:
-        facts = table.schema.metadata | {MADE_OF: fingerprint.encode()}
+        facts = table.schema.metadata | {MADE_OF: fingerprint.encode(), MADE_BY: canary.encode()}
         pq.write_table(table.replace_schema_metadata(facts), stream, compression="zstd")
     return shard
 
@@ -142,7 +148,8 @@ def read_shard(storage: Storage, file: str) -> Shard | None:
         unit = Unit(client, label, index, table.num_rows, 0, module)
         expected = to_table(unit, images)
         same = expected.equals(table) and expected.schema.metadata.items() <= facts.items()
-        return shard_of(unit, images, facts.get(MADE_OF, b"").decode()) if same and unit.file == file else None
+        fingerprint, canary = (facts.get(key, b"").decode() for key in (MADE_OF, MADE_BY))
+        return shard_of(unit, images, fingerprint, canary) if same and unit.file == file else None
     except (pa.ArrowException, OSError, LookupError, TypeError, ValueError, AttributeError):  # each a way of being torn
         return None
 

@@ -77,9 +77,12 @@ class Synthesizer:
 
     def draw(self, unit: Unit) -> Shard:
         """Draw a unit and write its file."""
+        from fedfactory_ray.generation.canary import canary
+
         key = (unit.client, unit.label)
         images = self.drawing(key).draw(unit.n, unit.seed)
-        return write_shard(self.target, unit, images, unit.fingerprint(self.config, self.modules[key].card))
+        made_of, made_by = unit.fingerprint(self.config, self.modules[key].card), canary(self.device, self.precision)
+        return write_shard(self.target, unit, images, made_of, made_by)
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Draw the batch's units, a row each; returns a column a field of their shards, and where they were drawn."""

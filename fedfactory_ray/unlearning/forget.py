@@ -7,11 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-import ray
 from rich.console import Console
 
-from fedfactory_ray.classification.training import fits_in_memory
-from fedfactory_ray.cluster.plan import connect, make_plan
+from fedfactory_ray.cluster.plan import connect
 from fedfactory_ray.errors import UnlearningError
 from fedfactory_ray.pipeline import phases
 from fedfactory_ray.pipeline.listeners import Listeners
@@ -22,10 +20,11 @@ from fedfactory_ray.storage.layout import CERTIFICATE, CONFIG, ENVIRONMENT, FORG
 from fedfactory_ray.tracking import runs as tracking
 from fedfactory_ray.unlearning.certificate import Certificate, audit_lines, cost, note, what_stayed, what_went
 from fedfactory_ray.unlearning.deletion import delete_run, delete_traces, find_traces
+from fedfactory_ray.unlearning.doubts import ask_canaries, doubts_of_new, find_doubts, refuse_doubts
 from fedfactory_ray.unlearning.facts import Facts, read_facts, refuse_damaged
 from fedfactory_ray.unlearning.report import log_certificate
 from fedfactory_ray.unlearning.request import Request, make_request
-from fedfactory_ray.unlearning.reuse import copy_files, plan_reuse
+from fedfactory_ray.unlearning.reuse import copy_files, modules_left, plan_reuse
 from fedfactory_ray.unlearning.verification import left_in_new, left_in_old
 
 
@@ -96,7 +95,9 @@ def _begin(
         raise UnlearningError(f"{new.uri} holds another run", "a name that is free, with --name")
     connect()
     refuse_damaged(config, old, before)
-    doubts = _doubts(config, before, old.read_json(ENVIRONMENT), allowed=allow_inexact)
+    here = ask_canaries(config, [card.client for card in modules_left(request, before)])
+    doubts = find_doubts(config, request, before, old.read_json(ENVIRONMENT), here)
+    refuse_doubts(config, doubts, allowed=allow_inexact)
     _traces(config, old, request)
     original = old.read_json(CERTIFICATE)["cost"]["original_run"] if old.exists(CERTIFICATE) else None
     precisions = {card.precision for card in before.cards} if doubts else set()
@@ -123,43 +124,6 @@ def _traces(config: Config, old: Storage, request: Request) -> dict[str, list[st
     return found
 
 
-def _doubts(config: Config, before: Facts, environments: list[dict[str, str]], *, allowed: bool) -> list[str]:
-    """Why the result may not be equal bit for bit: hardware or versions are not the run's own, or the order of rows is
-    not promised to repeat. Raises UnlearningError for any reason, unless they are `allowed`."""
-    doubts = _differences(config, environments)
-    card, n_images = before.cards[0], sum(shard.n for shard in before.shards)
-    shape = (card.resolution, card.resolution, card.channels)
-    if before.classifier and not fits_in_memory(config, n_images, shape):
-        doubts.append(f"a training set above resources.in_memory_mb={config.resources.in_memory_mb} is streamed")
-    if doubts and not allowed:
-        raise UnlearningError(
-            f"run {config.name} cannot be made again here bit for bit: {'; '.join(doubts)}",
-            "the hardware and versions that made it, or --allow-inexact",
-        )
-    return doubts
-
-
-def _differences(config: Config, environments: list[dict[str, str]]) -> list[str]:
-    """What of the hardware and versions that made a run is another here."""
-    worker = make_plan(config.resources).classifier
-    here = ray.get(_environment.options(**worker.options).remote(worker.threads))
-    return sorted(
-        {
-            f"{name} {there.get(name)!r}, here {here.get(name)!r}"
-            for there in environments
-            for name in there.keys() | here.keys()
-            if there.get(name) != here.get(name)
-        }
-    )
-
-
-@ray.remote
-def _environment(threads: int) -> dict[str, str]:
-    from fedfactory_ray.cluster.devices import assigned_device, environment, prepare_process
-
-    return environment(prepare_process(threads, assigned_device(ray.get_gpu_ids())))
-
-
 def without(config: Config, request: Request, before: Facts, precision: str | None) -> Config:
     """The config of the new run: that of the old, less whom it forgets; no reference, for that saw their images. It
     computes in the `precision` of the modules that are kept, where that is given."""
@@ -180,8 +144,10 @@ def _finish(config: Config, old: Storage, new: Storage, console: Console, *, all
     request, before = Request.of(started["request"]), Facts(**started["before"])
     traces = _traces(config, old, request)
     connect()
-    inexact = _doubts(config, before, started["environment"], allowed=allow_inexact)
     wanted, parent = without(config, request, before, started.get("precision")), traces["parents"][0]
+    here = ask_canaries(wanted, [card.client for card in modules_left(request, before)])
+    inexact = find_doubts(config, request, before, started["environment"], here)
+    refuse_doubts(config, inexact, allowed=allow_inexact)
     with open_session(wanted, console, forgetting=True, parent=parent) as session:
         if not new.exists(ENVIRONMENT):  # what is kept was made there
             new.write_json(ENVIRONMENT, started["environment"])
@@ -196,6 +162,8 @@ def _finish(config: Config, old: Storage, new: Storage, console: Console, *, all
             )
         after = read_facts(new)
         refuse_residue(left_in_new(new, after, what_went(before, after)))
+        inexact += doubts_of_new(config, before, after, here)
+        refuse_doubts(config, inexact, allowed=allow_inexact)
         with session.phase("deletion"):
             if not old.exists(FORGOTTEN):
                 old.write_json(FORGOTTEN, started["request"])

@@ -14,9 +14,10 @@ from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import CARD, METHOD, WEIGHTS, classifier_folder, expert_folder
-from fedfactory_ray.synthesis.plan import make_units
+from fedfactory_ray.synthesis.plan import Unit, make_units
 from fedfactory_ray.synthesis.shard import Shard, manifest_digest
 from fedfactory_ray.unlearning.facts import AT_ONCE, Facts
+from fedfactory_ray.unlearning.request import Request
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,18 @@ class Reuse:
         return [unit.file for unit in self.units] + [f"{f}/{name}" for f in folders for name in (WEIGHTS, CARD)]
 
 
+def modules_left(request: Request, before: Facts) -> list[ModuleCard]:
+    """The modules of a run that a request does not ask to forget."""
+    return [card for card in before.cards if not request.forgets(card.client, card.label)]
+
+
+def units_left(config: Config, left: Sequence[ModuleCard], before: Facts) -> list[tuple[Unit, Shard | None]]:
+    """The units that are drawn from the modules `left`, each with the old run's where that has as many images."""
+    units = make_units(left, config.synthesis.images_per_class, config.synthesis.unit_size, config.seed)
+    old = {(shard.file, shard.n, shard.module_sha256): shard for shard in before.shards}
+    return [(unit, old.get((unit.file, unit.n, unit.module_sha256))) for unit in units]
+
+
 def plan_reuse(config: Config, partition: Partition, task: Task, before: Facts) -> Reuse:
     """What the run of `config`, in which `partition` is left, may keep of the run with the facts `before`.
 
@@ -44,9 +57,7 @@ def plan_reuse(config: Config, partition: Partition, task: Task, before: Facts) 
     computed before anything is drawn, and is what it was: then it saw no row that goes.
     """
     left = [card for card in before.cards if card.label in partition.shares.get(card.client, {})]
-    units = make_units(left, config.synthesis.images_per_class, config.synthesis.unit_size, config.seed)
-    old = {(shard.file, shard.n, shard.module_sha256): shard for shard in before.shards}
-    found = [(unit, old.get((unit.file, unit.n, unit.module_sha256))) for unit in units]
+    found = units_left(config, left, before)
     kept = [shard for _, shard in found if shard is not None]
     new_labels = {unit.label for unit, shard in found if shard is None}
 
