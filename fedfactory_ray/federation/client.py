@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
+from fedfactory_ray.cluster.failures import out_of_memory_refused
 from fedfactory_ray.cluster.plan import Worker, placement, start_actor
 from fedfactory_ray.data.partition import own_indices
 from fedfactory_ray.data.readers import open_source
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
     from fedfactory_ray.classification.card import Epoch, Expert
     from fedfactory_ray.data.source import Source
     from fedfactory_ray.federation.expert import Assignment
+
+SHARING = "resources.client.num_gpus=1, should others share the GPU"
+MODULE_REMEDY = f"{SHARING}, or a smaller generator.images_at_once"
+FIT_REMEDY = f"{SHARING}, or a smaller classifier.batch_size"
 
 
 @dataclass(frozen=True)
@@ -103,7 +108,8 @@ class ClientActor(ClientSlot):
         """Fit the client's expert, see `expert.fit_expert`: a stream of its epochs and, at the end, the expert."""
         from fedfactory_ray.federation.expert import fit_expert
 
-        yield from fit_expert(self.config, assignment, self.source(assignment.client), self.storage, self.device)
+        with out_of_memory_refused(f"client {assignment.client!r}, fitting its expert", FIT_REMEDY):
+            yield from fit_expert(self.config, assignment, self.source(assignment.client), self.storage, self.device)
 
 
 def start_client(config: Config, worker: Worker, storage: Storage, client: str) -> Any:
@@ -153,14 +159,15 @@ def train_share(
             content = checkpoints.read(newest, SNAPSHOT)
             yield Progress(client, label, newest.step, steps, float("nan"), resumed=True)
         images, seconds = torch.from_numpy(pixels), config.storage.checkpoint_seconds
-        for event in train_denoiser(images, generator, device, seed, content, seconds):
-            if isinstance(event, TrainingStep):
-                yield Progress(client, label, event.step, event.steps, event.loss)
-            elif isinstance(event, Snapshot):
-                checkpoints.save(event.step, {SNAPSHOT: event.content})
-            else:
-                weights = module.pack(event, half=generator.half_precision_upload)
-                channels, resolution, _ = event.image_shape
+        with out_of_memory_refused(f"client {client!r}, class {label}, training its module", MODULE_REMEDY):
+            for event in train_denoiser(images, generator, device, seed, content, seconds):
+                if isinstance(event, TrainingStep):
+                    yield Progress(client, label, event.step, event.steps, event.loss)
+                elif isinstance(event, Snapshot):
+                    checkpoints.save(event.step, {SNAPSHOT: event.content})
+                else:
+                    weights = module.pack(event, half=generator.half_precision_upload)
+                    channels, resolution, _ = event.image_shape
         card = ModuleCard(
             client=client,
             label=label,

@@ -11,6 +11,7 @@ import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayActorError
 
+from fedfactory_ray.cluster.failures import out_of_memory_refused
 from fedfactory_ray.cluster.plan import Worker
 from fedfactory_ray.cluster.stored import find_all
 from fedfactory_ray.generation.card import Modules
@@ -21,6 +22,7 @@ from fedfactory_ray.synthesis.plan import Unit, make_units
 from fedfactory_ray.synthesis.shard import Shard, write_shard
 
 KEPT_MODULES = 2
+REMEDY = "resources.synthesis.num_gpus=1, should others share the GPU, or a smaller synthesis.batch_size"
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,10 @@ class Synthesizer:
         from fedfactory_ray.generation.sampling import draw_images
 
         key, size = (unit.client, unit.label), self.config.synthesis.batch_size
-        images = draw_images(
-            self.denoiser(key), self.config.sampler, unit.n, size, unit.seed, self.device, self.precision
-        )
+        with out_of_memory_refused(f"drawing from the module of client {unit.client!r}, class {unit.label}", REMEDY):
+            images = draw_images(
+                self.denoiser(key), self.config.sampler, unit.n, size, unit.seed, self.device, self.precision
+            )
         return write_shard(self.target, unit, images, unit.fingerprint(self.config, self.modules[key].card))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
