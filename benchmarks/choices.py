@@ -17,7 +17,8 @@ from benchmarks.cost import with_sections
 from fedfactory_ray.settings.config import Config, upgraded
 from fedfactory_ray.storage import layout
 
-SOLVERS = [("dpmpp", 6), ("dpmpp", 10), ("dpmpp", 20), ("heun", 11), ("heun", 19), ("heun", 35)]
+SOLVERS = [(solver, n) for solver in ("dpmpp", "dpmpp3m") for n in (6, 8, 10, 20)]
+SOLVERS += [("heun", n) for n in (11, 19, 35)]
 SHARES = (1.0, 0.25, 0.0)
 
 
@@ -115,7 +116,7 @@ def samplers(config: Config, options: argparse.Namespace) -> Table:
     from fedfactory_ray.data.source import Task
     from fedfactory_ray.generation.card import read_cards
     from fedfactory_ray.generation.module import load_weights, make_denoiser
-    from fedfactory_ray.generation.sampling import draw_images
+    from fedfactory_ray.generation.sampling import Drawing
     from fedfactory_ray.storage.files import Storage
     from fedfactory_ray.synthesis.plan import make_units
     from fedfactory_ray.synthesis.shard import to_table
@@ -137,11 +138,10 @@ def samplers(config: Config, options: argparse.Namespace) -> Table:
         for card in cards:
             denoiser = make_denoiser(card)
             load_weights(denoiser, storage.read(f"{card.folder}/{layout.WEIGHTS}"), card)
+            drawing = Drawing(denoiser, sampler, config.synthesis.batch_size, device, precision)
             for unit in units:
                 if (unit.client, unit.label) == card.key:
-                    size = config.synthesis.batch_size
-                    images = draw_images(denoiser.to(device), sampler, unit.n, size, unit.seed, device, precision)
-                    tables.append(to_table(unit, images))
+                    tables.append(to_table(unit, drawing.draw(unit.n, unit.seed)))
         seconds, drawn = time.monotonic() - began, pa.concat_tables(tables)
         with tempfile.TemporaryDirectory() as scratch:
             name, unit_size = f"{solver}-{evaluations}", config.synthesis.unit_size

@@ -66,15 +66,16 @@ def bare_drawing(config: Config, shape: tuple[int, int, int], units: list[int]) 
     import torch
 
     from fedfactory_ray.cluster.devices import prepare_process, resolve_precision
-    from fedfactory_ray.generation.sampling import draw_images
+    from fedfactory_ray.generation.sampling import Drawing
     from fedfactory_ray.generation.unet import Denoiser
 
     device = prepare_process(config.resources.synthesis.threads, torch.device("cpu"))
     denoiser = Denoiser(config.generator, shape[2], shape[0]).eval()
     precision = resolve_precision(config.generator.precision, device)
     began = time.monotonic()
+    drawing = Drawing(denoiser, config.sampler, config.synthesis.batch_size, device, precision)
     for n in units:
-        draw_images(denoiser, config.sampler, n, config.synthesis.batch_size, 0, device, precision)
+        drawing.draw(n, 0)
     return time.monotonic() - began
 
 

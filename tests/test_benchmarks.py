@@ -33,9 +33,9 @@ def config(stripes: Path) -> Config:
 
 def test_bare_loops_train_every_module_and_draw_every_image(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     steps, drawn = [], []
-    descend, draw = training.Training.descend, sampling.draw_images
+    descend, draw = training.Training.descend, sampling.Drawing.draw
     monkeypatch.setattr(training.Training, "descend", lambda self: steps.append(1) or descend(self))
-    monkeypatch.setattr(sampling, "draw_images", lambda *told: drawn.append(told[2]) or draw(*told))
+    monkeypatch.setattr(sampling.Drawing, "draw", lambda self, n, seed: drawn.append(n) or draw(self, n, seed))
     shares = [("a", 0, np.arange(0, 12, 3)), ("b", 1, np.arange(1, 12, 3))]
     assert cost.bare_modules(config, shares) > 0
     assert len(steps) == 2 * 3

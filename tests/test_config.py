@@ -95,7 +95,7 @@ def test_help_explains_every_setting() -> None:
 
 
 def test_print_config_shows_the_resolved_tree() -> None:
-    result = run_job("--preset", "cifar10", "--print-config", "--seed", "7")
+    result = run_job("--preset", "cifar10-published", "--print-config", "--seed", "7")
     assert result.returncode == 0
     tree = yaml.safe_load(result.stdout)
     assert (tree["seed"], tree["data"]["source"], tree["classifier"]["model"]) == (7, "cifar10", "resnet50")

@@ -26,7 +26,7 @@ from fedfactory_ray.errors import GpuMemoryError
 from fedfactory_ray.federation import experts
 from fedfactory_ray.federation.client import train_share
 from fedfactory_ray.federation.expert import Assignment
-from fedfactory_ray.generation import sampling, training
+from fedfactory_ray.generation import training
 from fedfactory_ray.generation.card import ModuleCard, ModuleHandle
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
@@ -53,7 +53,7 @@ def test_only_a_lack_of_memory_becomes_a_refusal_which_travels() -> None:
 
 
 def test_a_client_names_the_class_whose_module_does_not_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "train_denoiser", out_of_memory)
+    monkeypatch.setattr(training.Training, "descend", out_of_memory)
     config, share = Config(), {3: np.arange(20)}
     source = open_source(config.data)
     with pytest.raises(GpuMemoryError, match=r"'a', class 3, training its module[\s\S]*generator.images_at_once"):
@@ -73,8 +73,7 @@ def test_a_federated_client_names_the_round(cluster: None, monkeypatch: pytest.M
 
 
 def test_synthesis_names_the_module(cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "draw_images", out_of_memory)
-    monkeypatch.setattr(Synthesizer, "denoiser", lambda *_: None)
+    monkeypatch.setattr(Synthesizer, "drawing", out_of_memory)
     card = ModuleCard("a", 3, 20, 1, 8, 30, "fp32", {}, 100, files={})
     drawing = Synthesizer(Config(), 1, Storage(str(tmp_path)), {card.key: ModuleHandle(card)})
     with pytest.raises(GpuMemoryError, match=r"client 'a', class 3[\s\S]*synthesis.batch_size"):

@@ -13,8 +13,8 @@ from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.data.transforms import to_tensor
 from fedfactory_ray.generation.edm import SIGMA_DATA, sample_sigma
 from fedfactory_ray.generation.module import pack
-from fedfactory_ray.generation.sampling import draw_images, image_noise
-from fedfactory_ray.generation.training import TrainingStep, ema_average, make_accelerator, train_denoiser
+from fedfactory_ray.generation.sampling import Drawing, image_noise
+from fedfactory_ray.generation.training import TrainingStep, make_accelerator, train_denoiser, update_average
 from fedfactory_ray.generation.unet import Denoiser
 from fedfactory_ray.schedule import warmup_cosine
 from fedfactory_ray.settings.sections import DataConfig, GeneratorConfig, SamplerConfig
@@ -177,14 +177,15 @@ def test_a_launchers_variables_do_not_make_training_wait_for_others(monkeypatch:
 def test_modules_are_float32_whatever_they_were_trained_in(precision: str) -> None:
     _, denoiser = train(tiny(precision=precision, min_steps=3, max_steps=3))
     assert {tensor.dtype for tensor in denoiser.state_dict().values()} == {torch.float32}
+    assert all(weights.is_leaf and not weights.requires_grad for weights in denoiser.parameters())
 
 
 @settings(max_examples=30, deadline=None)
 @given(st.floats(0, 0.9999), st.integers(0, 10_000), st.floats(-5, 5), st.floats(-5, 5))
-def test_weights_are_averaged_with_a_decay_that_ramps_up(decay: float, count: int, old: float, new: float) -> None:
+def test_weights_are_averaged_with_a_decay_that_ramps_up(decay: float, step: int, old: float, new: float) -> None:
     averaged, current = [torch.tensor([old])], [torch.tensor([new])]
-    ema_average(decay, averaged, current, torch.tensor(count))
-    effective = min(decay, (1 + count) / (10 + count))
+    update_average(averaged, current, decay, step)
+    effective = min(decay, (1 + step) / (10 + step)) if step else 0.0  # the first step's weights as they are
     assert averaged[0].item() == pytest.approx(effective * old + (1 - effective) * new, abs=1e-4)
 
 
@@ -207,7 +208,7 @@ def draw(
     denoiser: Denoiser, n: int, seed: int = 5, batch_size: int = 6, solver: str = "dpmpp", precision: str = "fp32"
 ) -> np.ndarray:
     config = SamplerConfig.model_validate({"solver": solver, "evaluations": 5})
-    return draw_images(denoiser, config, n, batch_size, seed, CPU, precision)
+    return Drawing(denoiser, config, batch_size, CPU, precision).draw(n, seed)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

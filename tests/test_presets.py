@@ -12,8 +12,9 @@ from fedfactory_ray.settings.config import Config
 from fedfactory_ray.settings.presets import NOT_RUN, PRESETS
 
 GPU_PRESETS = [name for name, preset in PRESETS.items() if NOT_RUN in preset.description]
-CHANNELS = {"retinamnist": 3, "bloodmnist": 3, "pathmnist": 3, "cifar10": 3, "isic2019": 3}
 CLASSES = {"retinamnist": 5, "bloodmnist": 8, "pathmnist": 9, "cifar10": 10, "isic2019": 8}
+CLASSES = {f"{name}-published": classes for name, classes in CLASSES.items()}
+CHANNELS = dict.fromkeys(CLASSES, 3)
 
 
 def resolution_of(config: Config) -> int:
@@ -43,7 +44,7 @@ def step(network: nn.Module, loss: torch.Tensor) -> None:
 
 
 def test_presets_that_have_not_run_are_the_ones_tested_here() -> None:
-    assert sorted(CHANNELS) == sorted(CLASSES) == sorted(GPU_PRESETS)
+    assert sorted(CLASSES) == sorted(GPU_PRESETS)
     assert not any(PRESETS[name].verified for name in GPU_PRESETS)
 
 

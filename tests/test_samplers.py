@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedfactory_ray.generation.edm import SIGMA_DATA
-from fedfactory_ray.generation.samplers import SOLVERS, Denoise, dpmpp, heun, karras_sigmas, solver_steps
+from fedfactory_ray.generation.samplers import SOLVERS, Denoise, dpmpp, dpmpp3m, heun, karras_sigmas, solver_steps
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.01, 40.0, 7.0
 VARIANCES = torch.tensor([2.0, 0.5, 0.25, 0.05], dtype=torch.float64).view(1, 1, 2, 2)
@@ -78,10 +78,18 @@ def test_solvers_converge_to_the_closed_form_with_second_order(solver: str) -> N
     assert errors[0] > 27 * errors[-1]
 
 
+def test_three_points_converge_with_third_order() -> None:
+    errors = [error_of("dpmpp3m", steps) for steps in (32, 64, 128, 256)]
+    assert all(coarse > 6 * fine for coarse, fine in pairwise(errors)), errors
+    assert errors[-1] < error_of("dpmpp", 256) / 10
+
+
 @pytest.mark.parametrize("denoise", [linear, mixture])
 def test_the_solvers_agree_in_the_limit(denoise: Denoise) -> None:
     sigmas = karras_sigmas(400, SIGMA_MIN, SIGMA_MAX, RHO)
-    torch.testing.assert_close(heun(denoise, start(), sigmas), dpmpp(denoise, start(), sigmas), rtol=1e-3, atol=1e-3)
+    expected = heun(denoise, start(), sigmas)
+    for solver in (dpmpp, dpmpp3m):
+        torch.testing.assert_close(solver(denoise, start(), sigmas), expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -100,7 +108,7 @@ def test_samples_of_two_points_lie_on_them_in_the_basin_of_their_noise(solver: s
 @given(st.integers(1, 40))
 def test_evaluations_are_those_of_the_docstrings(steps: int) -> None:
     sigmas = karras_sigmas(steps, SIGMA_MIN, SIGMA_MAX, RHO)
-    for solver, expected in ((heun, 2 * len(sigmas) - 3), (dpmpp, len(sigmas) - 1)):
+    for solver, expected in ((heun, 2 * len(sigmas) - 3), (dpmpp, len(sigmas) - 1), (dpmpp3m, len(sigmas) - 1)):
         denoise, calls = counting(linear)
         solver(denoise, start(), sigmas)
         assert len(calls) == expected

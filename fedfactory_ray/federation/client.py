@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from fedfactory_ray.classification.card import Epoch, Expert
     from fedfactory_ray.data.source import Source
     from fedfactory_ray.federation.expert import Assignment
+    from fedfactory_ray.settings.sections import GeneratorConfig
+
+AT_ONCE = 8
+"""Modules of a client that a GPU trains side by side, where they are small."""
 
 SHARING = "resources.client.num_gpus=1, should others share the GPU"
 MODULE_REMEDY = f"{SHARING}, or a smaller generator.images_at_once"
@@ -128,59 +133,110 @@ def train_share(
     """Train a client's modules where its images are; yields progress, and each module's card, weights and seconds.
 
     Each module is written to storage, the card last, so that it outlives this process; until then its latest
-    checkpoint lies there, from which another process goes on. What is there and whole is not trained again.
+    checkpoint lies there, from which another process goes on. What is there and whole is not trained again. A GPU
+    trains some side by side, which changes no byte of any.
     """
+    most = modules_at_once(config.generator, device)
+    waiting = [_train_module(config, source, client, label, places, device, storage) for label, places in share.items()]
+    running: list[Iterator[Progress | tuple[ModuleCard, bytes, float] | None]] = []
+    while waiting or running:
+        while waiting and len(running) < most:
+            running.append(waiting.pop(0))
+        for module in list(running):
+            try:
+                event = next(module)
+            except StopIteration:
+                running.remove(module)
+            else:
+                if event is not None:
+                    yield event
+
+
+def modules_at_once(generator: GeneratorConfig, device: torch.device) -> int:
+    """How many modules of a client train side by side: on a GPU, small ones leave most of it idle. Dropout draws from
+    a generator that they would share."""
+    return AT_ONCE if device.type == "cuda" and not generator.dropout else 1
+
+
+def _train_module(
+    config: Config,
+    source: Source,
+    client: str,
+    label: int,
+    places: np.ndarray,
+    device: torch.device,
+    storage: Storage,
+) -> Iterator[Progress | tuple[ModuleCard, bytes, float] | None]:
+    """Train one of a client's modules; None after a step that has no news, for others to take a turn."""
+    with out_of_memory_refused(f"client {client!r}, class {label}, training its module", MODULE_REMEDY):
+        yield from _train_here(config, source, client, label, places, device, storage)
+
+
+def _train_here(
+    config: Config,
+    source: Source,
+    client: str,
+    label: int,
+    places: np.ndarray,
+    device: torch.device,
+    storage: Storage,
+) -> Iterator[Progress | tuple[ModuleCard, bytes, float] | None]:
     import torch
 
     from fedfactory_ray.cluster.devices import resolve_precision
     from fedfactory_ray.generation import module
-    from fedfactory_ray.generation.training import Snapshot, TrainingStep, train_denoiser
+    from fedfactory_ray.generation.training import Snapshot, Training, TrainingStep
 
+    began, folder = time.monotonic(), module_folder(client, label)
     generator, precision = config.generator, resolve_precision(config.generator.precision, device)
-    for label, places in share.items():
-        began, folder = time.monotonic(), module_folder(client, label)
-        pixels = source.images("train", own_indices(config, source, label, places))
-        seed, steps = derive_seed(config.seed, "train", client, label), generator.steps(len(pixels))
-        made_of = module_fingerprint(
-            generator,
-            precision=precision,
-            threads=config.resources.client.threads,
-            seed=seed,
-            images_sha256=fingerprint(pixels),
-        )
-        checkpoints = Checkpoints(storage, checkpoints_folder(folder), fingerprint(made_of, device.type))
-        there = find(storage, ModuleCard, folder, made_of)
-        if there is not None:
-            checkpoints.delete()  # of a process that was killed at its very end
-            yield there, storage.read(f"{folder}/{WEIGHTS}"), 0.0
-            continue
-        newest, content = checkpoints.newest(), None
-        if newest is not None:
-            content = checkpoints.read(newest, SNAPSHOT)
-            yield Progress(client, label, newest.step, steps, float("nan"), resumed=True)
-        images, seconds = torch.from_numpy(pixels), config.storage.checkpoint_seconds
-        with out_of_memory_refused(f"client {client!r}, class {label}, training its module", MODULE_REMEDY):
-            for event in train_denoiser(images, generator, device, seed, content, seconds):
-                if isinstance(event, TrainingStep):
-                    yield Progress(client, label, event.step, event.steps, event.loss)
-                elif isinstance(event, Snapshot):
-                    checkpoints.save(event.step, {SNAPSHOT: event.content})
-                else:
-                    weights = module.pack(event, half=generator.half_precision_upload)
-                    channels, resolution, _ = event.image_shape
-        card = ModuleCard(
-            client=client,
-            label=label,
-            n_images=len(places),
-            channels=channels,
-            resolution=resolution,
-            steps=steps,
-            precision=precision,
-            generator=generator.model_dump(mode="json"),
-            size=len(weights),
-            fingerprint=made_of,
-            files={WEIGHTS: storage.write(f"{folder}/{WEIGHTS}", weights)},
-        )
-        keep(storage, card)
-        checkpoints.delete()
-        yield card, weights, time.monotonic() - began
+    pixels = source.images("train", own_indices(config, source, label, places))
+    seed, steps = derive_seed(config.seed, "train", client, label), generator.steps(len(pixels))
+    made_of = module_fingerprint(
+        generator,
+        precision=precision,
+        threads=config.resources.client.threads,
+        seed=seed,
+        images_sha256=fingerprint(pixels),
+    )
+    checkpoints = Checkpoints(storage, checkpoints_folder(folder), fingerprint(made_of, device.type))
+    there = find(storage, ModuleCard, folder, made_of)
+    if there is not None:
+        checkpoints.delete()  # of a process that was killed at its very end
+        yield there, storage.read(f"{folder}/{WEIGHTS}"), 0.0
+        return
+    training, newest = Training(torch.from_numpy(pixels), generator, device, seed), checkpoints.newest()
+    if newest is not None:
+        training.load(checkpoints.read(newest, SNAPSHOT))
+        yield Progress(client, label, newest.step, steps, float("nan"), resumed=True)
+    with ThreadPoolExecutor(1) as writer:  # training goes on while a checkpoint is written
+        written: Future[None] | None = None
+        for event in training.events(config.storage.checkpoint_seconds):
+            if event is None:
+                yield None
+            elif isinstance(event, TrainingStep):
+                yield Progress(client, label, event.step, event.steps, event.loss)
+            elif isinstance(event, Snapshot):
+                if written is not None:
+                    written.result()
+                written = writer.submit(checkpoints.save, event.step, {SNAPSHOT: event.content})
+            else:
+                weights = module.pack(event, half=generator.half_precision_upload)
+                channels, resolution, _ = event.image_shape
+        if written is not None:
+            written.result()
+    card = ModuleCard(
+        client=client,
+        label=label,
+        n_images=len(places),
+        channels=channels,
+        resolution=resolution,
+        steps=steps,
+        precision=precision,
+        generator=generator.model_dump(mode="json"),
+        size=len(weights),
+        fingerprint=made_of,
+        files={WEIGHTS: storage.write(f"{folder}/{WEIGHTS}", weights)},
+    )
+    keep(storage, card)
+    checkpoints.delete()
+    yield card, weights, time.monotonic() - began

@@ -48,7 +48,33 @@ def dpmpp(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
     return x
 
 
-SOLVERS = {"heun": heun, "dpmpp": dpmpp}
+def dpmpp3m(denoise: Denoise, x: Tensor, sigmas: Tensor) -> Tensor:
+    """DPM-Solver++(3M) (Lu et al. 2022, sec. 4) in sigma: len(sigmas) - 1 evaluations. Shapes as in `heun`.
+
+    A step of u = ln(sigma / following) solves dx = (D - x) du exactly for the D that is the polynomial through the last
+    three clean images, in Newton's form D0 + u a + u (u + h1) b.
+    """
+    cleans: list[Tensor] = []
+    steps: list[Tensor] = []
+    for sigma, following in pairwise(sigmas):
+        cleans = [denoise(x, sigma), *cleans[:2]]
+        if following == 0:
+            return cleans[0]
+        h = (sigma / following).log()
+        constant = -torch.expm1(-h)
+        linear = h - constant
+        x = (following / sigma) * x + constant * cleans[0]
+        if len(cleans) > 1:
+            a = (cleans[0] - cleans[1]) / steps[0]
+            x = x + linear * a
+            if len(cleans) > 2:
+                b = (a - (cleans[1] - cleans[2]) / steps[1]) / (steps[0] + steps[1])
+                x = x + (h**2 - (2 - steps[0]) * linear) * b
+        steps = [h, *steps[:1]]
+    return x
+
+
+SOLVERS = {"heun": heun, "dpmpp": dpmpp, "dpmpp3m": dpmpp3m}
 
 
 def solver_steps(solver: str, evaluations: int) -> int:

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedfactory_ray.cluster.devices import autocast
+from fedfactory_ray.cluster.capture import Capture
+from fedfactory_ray.cluster.devices import AUTOCAST_DTYPES, autocast
 from fedfactory_ray.data.transforms import to_uint8
 from fedfactory_ray.generation.samplers import SOLVERS, karras_sigmas, solver_steps
 from fedfactory_ray.generation.unet import Denoiser
@@ -19,31 +20,53 @@ def image_noise(seed: int, index: int, shape: tuple[int, int, int]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(derive_seed(seed, index)))
 
 
-@torch.inference_mode()
-def draw_images(
-    denoiser: Denoiser,
-    config: SamplerConfig,
-    n: int,
-    batch_size: int,
-    seed: int,
-    device: torch.device,
-    precision: str,
-) -> np.ndarray:
-    """Draw `n` images, uint8 (n, H, W, C).
+class Drawing:
+    """A denoiser that draws, batch by batch. On a GPU its network computes in `precision` from then on, compiled where
+    its settings say so, and a whole batch is one launch; other weights may be loaded into it at any time."""
 
-    The network always sees `batch_size` images, the last batch being padded, because kernels may round differently
-    for other batch sizes; so the first images do not depend on `n`.
-    """
-    steps = solver_steps(config.solver, config.evaluations)
-    sigmas = karras_sigmas(steps, config.sigma_min, config.sigma_max, config.rho)
+    def __init__(
+        self, denoiser: Denoiser, config: SamplerConfig, batch_size: int, device: torch.device, precision: str
+    ) -> None:
+        """`denoiser` goes to `device`."""
+        self.denoiser, self.config, self.batch_size = denoiser.to(device).eval(), config, batch_size
+        self.device, self.precision = device, precision
+        self.sigmas = karras_sigmas(
+            solver_steps(config.solver, config.evaluations), config.sigma_min, config.sigma_max, config.rho
+        )
+        if device.type == "cuda":
+            denoiser.unet.to(AUTOCAST_DTYPES[precision])
+            denoiser.compile_where_told()
+        self.noise = torch.empty(batch_size, *denoiser.image_shape, device=device)
+        self.solve = Capture(self._solve, device)
 
-    def denoise(x: Tensor, sigma: Tensor) -> Tensor:
-        with autocast(device, precision):
-            return denoiser(x, sigma.to(device, torch.float32).expand(len(x)))
+    def _denoise(self, x: Tensor, sigma: Tensor) -> Tensor:
+        level = torch.full((1,), float(sigma), device=self.device).expand(len(x))
+        if self.device.type == "cuda":
+            return self.denoiser(x, level)
+        with autocast(self.device, self.precision):
+            return self.denoiser(x, level)
 
-    batches = []
-    for start in range(0, n, batch_size):
-        noise = torch.stack([image_noise(seed, start + i, denoiser.image_shape) for i in range(batch_size)])
-        data = SOLVERS[config.solver](denoise, noise.to(device) * float(sigmas[0]), sigmas)
-        batches.append(to_uint8(denoiser.restore(data)))
-    return np.concatenate(batches)[:n]
+    def _solve(self) -> Tensor:
+        data = SOLVERS[self.config.solver](self._denoise, self.noise * float(self.sigmas[0]), self.sigmas)
+        return self.denoiser.restore(data)
+
+    @torch.inference_mode()
+    def draw(self, n: int, seed: int) -> np.ndarray:
+        """Draw `n` images, uint8 (n, H, W, C).
+
+        The network always sees `batch_size` images, the last batch being padded, because kernels may round differently
+        for other batch sizes; so the first images do not depend on `n`.
+        """
+
+        def noise(start: int) -> Tensor:
+            shape, batch = self.denoiser.image_shape, range(start, start + self.batch_size)
+            return torch.stack([image_noise(seed, i, shape) for i in batch])
+
+        batches, following = [], noise(0)
+        for start in range(0, n, self.batch_size):
+            self.noise.copy_(following)
+            images = self.solve()
+            if start + self.batch_size < n:
+                following = noise(start + self.batch_size)  # while the device computes
+            batches.append(to_uint8(images))
+        return np.concatenate(batches)[:n]

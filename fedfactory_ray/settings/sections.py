@@ -130,6 +130,8 @@ class GeneratorConfig(Section):
     """Residual blocks a level."""
     attention_levels: tuple[int, ...] = ()
     """Levels (0 = finest) whose blocks attend over all positions."""
+    head_channels: int = Field(8, ge=1)
+    """Channels of an attention head; 64 in EDM, and faster on GPUs. Every attending level's must be a multiple."""
     patch: int = Field(1, ge=1)
     """Pixel-unshuffle factor before the U-Net: 2 quarters its cost."""
     norm_groups: int = Field(8, ge=1)
@@ -151,6 +153,8 @@ class GeneratorConfig(Section):
     """...and at most this many."""
     batch_size: int = Field(64, ge=1)
     """Images an optimiser step."""
+    images_at_once: int | None = Field(None, ge=1)
+    """Images that pass through the network at once, gradients summed, where memory is short; default: the batch."""
     learning_rate: float = Field(2e-3, gt=0)
     """Peak of AdamW's learning rate: linear warm-up, then cosine to 0."""
     warmup: float = Field(0.05, ge=0, lt=1)
@@ -167,6 +171,8 @@ class GeneratorConfig(Section):
     """Standard deviation of ln(sigma) in training (P_std of EDM)."""
     precision: Precision = "auto"
     """Arithmetic of training and sampling; auto: bf16 where the hardware has it, else fp32."""
+    compile: bool = False
+    """Compile the network on GPUs: half a minute a process, worth it from some minutes of training a module on."""
     half_precision_upload: bool = True
     """Store and send weights as float16: half the bytes."""
 
@@ -178,6 +184,10 @@ class GeneratorConfig(Section):
             raise ValueError(f"min_steps={self.min_steps} is above max_steps={self.max_steps}")
         if any(level not in range(len(self.channels)) for level in self.attention_levels):
             raise ValueError(f"attention_levels {self.attention_levels}: levels go from 0 to {len(self.channels) - 1}")
+        # The middle block attends too, on the last level.
+        attending = [self.channels[level] for level in {*self.attention_levels, len(self.channels) - 1}]
+        if self.attention_levels and any(channels % self.head_channels for channels in attending):
+            raise ValueError(f"head_channels={self.head_channels}: the attending levels have {attending} channels")
         return self
 
     def steps(self, n_images: int) -> int:
@@ -198,8 +208,8 @@ class GeneratorConfig(Section):
 class SamplerConfig(Section):
     """How images are drawn from noise."""
 
-    solver: Literal["dpmpp", "heun"] = "dpmpp"
-    """`dpmpp`: DPM-Solver++(2M), one network evaluation a step; `heun`: EDM's reference, two."""
+    solver: Literal["dpmpp", "dpmpp3m", "heun"] = "dpmpp"
+    """`dpmpp`, `dpmpp3m`: DPM-Solver++(2M), (3M), one network evaluation a step; `heun`: EDM's reference, two."""
     evaluations: int = Field(10, ge=2)
     """Network evaluations an image (Heun: rounded down to an odd number)."""
     sigma_min: float = Field(0.01, gt=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import ray
@@ -21,6 +21,9 @@ from fedfactory_ray.storage.layout import MANIFEST, WEIGHTS
 from fedfactory_ray.synthesis.plan import Unit, make_units
 from fedfactory_ray.synthesis.shard import Shard, write_shard
 
+if TYPE_CHECKING:
+    from fedfactory_ray.generation.sampling import Drawing
+
 KEPT_MODULES = 2
 REMEDY = "resources.synthesis.num_gpus=1, should others share the GPU, or a smaller synthesis.batch_size"
 
@@ -35,7 +38,7 @@ class UnitDrawn:
 
 
 class Synthesizer:
-    """An actor that draws units; it keeps the network once and the weights of the few modules used last."""
+    """An actor that draws units; it keeps the few modules used last, and one network for all that come after."""
 
     def __init__(
         self, config: Config, threads: int, storage: Storage, modules: Modules, target: Storage | None = None
@@ -46,11 +49,12 @@ class Synthesizer:
         self.config, self.storage, self.modules, self.target = config, storage, modules, target or storage
         self.device = prepare_process(threads, assigned_device(ray.get_gpu_ids()))
         self.precision = resolve_precision(config.generator.precision, self.device)
-        self.kept: OrderedDict[tuple[str, int], Any] = OrderedDict()
+        self.kept: OrderedDict[tuple[str, int], Drawing] = OrderedDict()
 
-    def denoiser(self, key: tuple[str, int]) -> Any:
-        """The verified denoiser of a module, from the object store or, where that lost it, from storage."""
+    def drawing(self, key: tuple[str, int]) -> Drawing:
+        """What draws from a module, verified: from the object store or, where that lost it, from storage."""
         from fedfactory_ray.generation.module import load_weights, make_denoiser
+        from fedfactory_ray.generation.sampling import Drawing
 
         if key in self.kept:
             self.kept.move_to_end(key)
@@ -62,25 +66,22 @@ class Synthesizer:
             weights = None
         if weights is None:
             weights = self.storage.read(f"{handle.card.folder}/{WEIGHTS}")
-        card, denoiser = handle.card, None
+        card, drawing = handle.card, None
         if len(self.kept) == KEPT_MODULES:
             old, kept = self.kept.popitem(last=False)
-            denoiser = kept if self.modules[old].card.same_network(card) else None
-        if denoiser is None:
-            denoiser = make_denoiser(card)
-        load_weights(denoiser, weights, card)
-        self.kept[key] = denoiser.to(self.device)
-        return self.kept[key]
+            drawing = kept if self.modules[old].card.same_network(card) else None
+        if drawing is None:
+            denoiser, size = make_denoiser(card), self.config.synthesis.batch_size
+            drawing = Drawing(denoiser, self.config.sampler, size, self.device, self.precision)
+        load_weights(drawing.denoiser, weights, card)
+        self.kept[key] = drawing
+        return drawing
 
     def draw(self, unit: Unit) -> Shard:
         """Draw a unit and write its file."""
-        from fedfactory_ray.generation.sampling import draw_images
-
-        key, size = (unit.client, unit.label), self.config.synthesis.batch_size
+        key = (unit.client, unit.label)
         with out_of_memory_refused(f"drawing from the module of client {unit.client!r}, class {unit.label}", REMEDY):
-            images = draw_images(
-                self.denoiser(key), self.config.sampler, unit.n, size, unit.seed, self.device, self.precision
-            )
+            images = self.drawing(key).draw(unit.n, unit.seed)
         return write_shard(self.target, unit, images, unit.fingerprint(self.config, self.modules[key].card))
 
     def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
