@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,23 +12,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
 from fedfactory_ray.cluster.devices import AUTOCAST_DTYPES
+from fedfactory_ray.cluster.gpus import Need
 
 STATE_BYTES = 5 * 4
 """Of a parameter: the weight, its average, its gradient and AdamW's two moments, in float32."""
 TRANSIENT = 1.05
 """What the backward pass takes beside the saved activations. Measured on an H100: 23.8 GB where 21.4 are saved."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes of a GPU's memory: `fixed`, and so many for each image that passes through a network at once."""
-
-    fixed: int
-    per_image: int
-
-    def of(self, n_images: int) -> int:
-        """Bytes while `n_images` pass at once."""
-        return self.fixed + n_images * self.per_image
 
 
 def training_need(make: Callable[[], nn.Module], loss: Callable[[nn.Module, int], Tensor], precision: str) -> Need:

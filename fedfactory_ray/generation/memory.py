@@ -7,7 +7,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from fedfactory_ray.cluster.memory import STATE_BYTES, Need, training_need
+from fedfactory_ray.cluster.gpus import Need
+from fedfactory_ray.cluster.memory import STATE_BYTES, training_need
 from fedfactory_ray.generation.unet import AUGMENTATIONS, Denoiser
 from fedfactory_ray.settings.sections import GeneratorConfig
 

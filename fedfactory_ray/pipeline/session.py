@@ -21,6 +21,7 @@ from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.errors import ForgottenError, RunConflictError
 from fedfactory_ray.federation.exchange import import_modules, set_sha256
 from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.pipeline.gpus import plan_gpus
 from fedfactory_ray.pipeline.survey import read_images, survey
 from fedfactory_ray.settings.config import MOVED, Config, flatten
 from fedfactory_ray.storage.artefact import fingerprint
@@ -110,6 +111,10 @@ def open_session(
                 import_modules(config.modules, storage, cards)
             else:
                 partition = read_images(config, partition, info)
+            plan, shared = plan_gpus(config, plan, info, partition)
+            if shared:
+                console.print(shared, highlight=False)
+                background.submit(lambda: logged.result().tag("gpus", shared))
             session = Session(config, name, console, plan, info, partition, storage, logged, cards)
             session.seconds["start"] = time.monotonic() - began
             yield session
