@@ -85,6 +85,16 @@ class ResourcesError(FedFactoryError):
         )
 
 
+class GpuMemoryError(FedFactoryError):
+    """A GPU had no memory left for what somebody computed on it."""
+
+    def __init__(self, who: str, found: str, remedy: str) -> None:
+        super().__init__(
+            f"A GPU ran out of memory: {who}.\n  found:  {found}\n  try:    {remedy}\n"
+            "The same command with the changed setting goes on from what is stored."
+        )
+
+
 class RunConflictError(FedFactoryError):
     """A run of this name exists with another configuration."""
 

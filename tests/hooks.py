@@ -42,6 +42,7 @@ def watch_devices(devices: ModuleType) -> None:
         return devices.torch.device("cpu")
 
     devices.assigned_device = watched_device  # type: ignore[attr-defined]
+    devices.gpu = lambda _: (80 * 10**9, "bf16")  # type: ignore[attr-defined]
 
 
 class AfterImport:

@@ -28,7 +28,6 @@ GPUS = [{"CPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 4.0}]
         (GPUS, 1, 1, 3),  # two, and one for the one CPU of the last node
         (GPUS, 1, 0.5, 5),
         (GPUS, 0.25, 0.4, 8),  # no actor takes parts of two devices
-        (GPUS, 1, 2, 2),
         (GPUS, 4, 0, 6),
     ],
 )

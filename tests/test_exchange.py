@@ -12,13 +12,13 @@ import pytest
 import torch
 from ray.exceptions import RayError
 
+from fedfactory_ray.cluster.failures import find_refusal
 from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.errors import DataMissingError, ModuleRefusedError
 from fedfactory_ray.federation.exchange import import_modules, offered_cards
 from fedfactory_ray.generation import module
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.generation.unet import Denoiser
-from fedfactory_ray.pipeline.session import find_refusal
 from fedfactory_ray.settings.sections import GeneratorConfig
 from fedfactory_ray.storage.artefact import keep
 from fedfactory_ray.storage.files import Storage

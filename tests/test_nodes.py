@@ -63,11 +63,7 @@ def test_logical_gpus_on_two_nodes_are_pinned_shared_and_queued_for(
     monkeypatch.setenv(
         "RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({"runtime_env": {"worker_process_setup_hook": "hooks.watch"}})
     )
-    resources = {
-        "client": {"num_gpus": 1},
-        "synthesis": {"num_gpus": 0.5},
-        "classifier": {"num_gpus": 0, "threads": 1},
-    }
+    resources = {"classifier": {"num_gpus": 0, "threads": 1}}
     with nodes(monkeypatch, {"num_cpus": 3}, {"num_cpus": 2, "num_gpus": 2}):
         made = finish(start(tmp_path, stripes, resources=resources), tmp_path)
         monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
@@ -77,6 +73,8 @@ def test_logical_gpus_on_two_nodes_are_pinned_shared_and_queued_for(
         assert without_cuda.returncode == 2
         assert "assigned by Ray, and torch" in out
     assert made == undisturbed
+    # Of a GPU two actors have one each, for the node's two CPUs take no more.
+    assert "clients: 1 a GPU (0.8 of 80 GB each); synthesis: 1 a GPU" in (tmp_path / "output.txt").read_text()
     runs = children(tmp_path)
     clients = [runs[name].data.tags for name in ("client-000", "client-001", "client-002")]
     assert {tags["gpus"] for tags in clients} == {"0", "1"}  # three clients, two devices: one queued

@@ -9,10 +9,10 @@ import pytest
 from ray.exceptions import ActorUnschedulableError, RayError
 
 from fedfactory_ray.cluster import absence
+from fedfactory_ray.cluster.failures import find_refusal, reason
 from fedfactory_ray.cluster.plan import Worker, placement, start_actor
-from fedfactory_ray.cluster.slots import Slots, reason
+from fedfactory_ray.cluster.slots import Slots
 from fedfactory_ray.errors import ResourcesError
-from fedfactory_ray.pipeline.session import find_refusal
 from fedfactory_ray.settings.config import Config
 
 

@@ -117,8 +117,7 @@ def test_modules_that_train_side_by_side_have_the_bytes_of_those_alone(
 
     def trained(at_once: int) -> dict[int, bytes]:
         turns.clear()
-        monkeypatch.setattr(client, "modules_at_once", lambda *_: at_once)
-        events = train_share(config, Pictures(), "a", share, CPU, Storage(str(tmp_path / str(at_once))))
+        events = train_share(config, Pictures(), "a", share, CPU, Storage(str(tmp_path / str(at_once))), at_once)
         modules = {event[0].label: event[1] for event in events if isinstance(event, tuple)}
         assert len(set(turns[:3])) == at_once
         return modules
@@ -128,10 +127,9 @@ def test_modules_that_train_side_by_side_have_the_bytes_of_those_alone(
     assert trained(3) == alone
 
 
-def test_only_a_gpu_trains_modules_side_by_side_and_none_that_share_random_numbers() -> None:
-    gpu, plain = torch.device("cuda"), CONFIG.model_copy(update={"dropout": 0.0})
-    assert client.modules_at_once(plain, gpu) > 1
-    assert client.modules_at_once(plain, CPU) == client.modules_at_once(CONFIG, gpu) == 1
+def test_modules_that_share_random_numbers_do_not_train_side_by_side() -> None:
+    assert client.modules_at_once(CONFIG.model_copy(update={"dropout": 0.0})) > 1
+    assert client.modules_at_once(CONFIG) == 1
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_the_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

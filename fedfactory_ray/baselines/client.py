@@ -15,9 +15,10 @@ from fedfactory_ray.baselines.learner import Images, Judgement, Learner, from_me
 from fedfactory_ray.classification.batches import HeldBatches
 from fedfactory_ray.classification.fitting import Fit
 from fedfactory_ray.cluster.devices import prepare_process
+from fedfactory_ray.cluster.failures import out_of_memory_refused
 from fedfactory_ray.data.partition import own_indices
 from fedfactory_ray.data.source import Task
-from fedfactory_ray.federation.client import ClientSlot
+from fedfactory_ray.federation.client import FIT_REMEDY, ClientSlot
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.settings.sections import ClassifierConfig
@@ -96,12 +97,14 @@ class FederatedClient(Keeper, ClientSlot):
     ) -> tuple[Trained, bytes, bytes]:
         """The client's part of a round: returns scalars, its upload, and its state, which is for its next round."""
         training, _ = self.images(client)
-        received = from_message(model, self.learner.device) | from_message(extras, self.learner.device)
-        old = method.start_client(received["weights"]) if state is None else from_message(state, self.learner.device)
-        self.learner.load(received)
-        seed = derive_seed(self.config.seed, "federated", client, round_)
-        gradients = self.learner.gradients(training, seed)
-        vectors, new = train_locally(method, received, old, gradients, method.client_lr)
+        with out_of_memory_refused(f"client {client!r}, training in round {round_}", FIT_REMEDY):
+            device = self.learner.device
+            received = from_message(model, device) | from_message(extras, device)
+            old = method.start_client(received["weights"]) if state is None else from_message(state, device)
+            self.learner.load(received)
+            seed = derive_seed(self.config.seed, "federated", client, round_)
+            gradients = self.learner.gradients(training, seed)
+            vectors, new = train_locally(method, received, old, gradients, method.client_lr)
         if self.learner.buffers:
             vectors = vectors | {"buffers": self.learner.model()["buffers"]}
         upload = to_message(vectors)
@@ -109,8 +112,9 @@ class FederatedClient(Keeper, ClientSlot):
 
     def validate(self, client: str, model: bytes) -> Judgement:
         """Judge the server's model on the client's validation images; scalars alone come back."""
-        self.learner.load(from_message(model, self.learner.device))
-        return self.learner.judge(self.images(client)[1])
+        with out_of_memory_refused(f"client {client!r}, judging a round's model", FIT_REMEDY):
+            self.learner.load(from_message(model, self.learner.device))
+            return self.learner.judge(self.images(client)[1])
 
     def fit_alone(self, client: str, recipe: ClassifierConfig, storage: Storage, made_of: str) -> Alone:
         """Fit a classifier on the client's own images by `recipe` and write it to storage, the card last.
@@ -126,9 +130,10 @@ class FederatedClient(Keeper, ClientSlot):
         ]
         sides = [HeldBatches(table, self.task.image_shape, recipe.batch_size, seed, 0, 1) for table in tables]
         steps = len(training.labels) // min(recipe.batch_size, len(training.labels))
-        fit = Fit(recipe, self.task, steps, seed, self.learner.device)
-        for _ in fit.epochs(*sides):
-            pass
+        with out_of_memory_refused(f"client {client!r}, fitting a classifier alone", FIT_REMEDY):
+            fit = Fit(recipe, self.task, steps, seed, self.learner.device)
+            for _ in fit.epochs(*sides):
+                pass
         if fit.best is None:
             raise RuntimeError(f"client {client!r} fitted no epoch")
         file = f"{classifier_folder(lone_classifier(client))}/{WEIGHTS}"

@@ -16,6 +16,7 @@ from fedfactory_ray.classification.evaluation import Difference, Evaluation, eva
 from fedfactory_ray.classification.models import make_classifier
 from fedfactory_ray.cluster.devices import assigned_device, prepare_process
 from fedfactory_ray.cluster.environment import environment
+from fedfactory_ray.cluster.failures import out_of_memory_refused
 from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.data.source import Task
 from fedfactory_ray.data.transforms import to_tensor
@@ -24,6 +25,7 @@ from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import MIXTURE, PRODUCT, WEIGHTS
 
 BATCH_SIZE = 500
+REMEDY = "resources.classifier.num_gpus=1, should others share the GPU, or 0 to use the CPU"
 
 
 @dataclass(frozen=True)
@@ -79,13 +81,12 @@ def evaluate_on_test(
     device = prepare_process(threads, assigned_device(ray.get_gpu_ids()))
     source = open_source(config.data)
     images, labels = source.images("test"), source.labels("test")
-    found, lone = (
-        {
-            name: predict_logits(load_network(config, task, storage, folder), images, device)
-            for name, folder in of.items()
-        }
-        for of in (folders, experts)
-    )
+
+    def predict(name: str, folder: str) -> torch.Tensor:
+        with out_of_memory_refused(f"evaluating {name}", REMEDY):
+            return predict_logits(load_network(config, task, storage, folder), images, device)
+
+    found, lone = ({name: predict(name, folder) for name, folder in of.items()} for of in (folders, experts))
     shown = {y: images[labels == y][:examples] for y in range(task.classes)}
     result = score(found, lone, ensembles or {}, labels, config.seed, shown)
     return replace(result, environment=environment(device))

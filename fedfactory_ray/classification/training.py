@@ -23,6 +23,7 @@ from ray.util.queue import Queue
 from fedfactory_ray.classification.batches import Batches, HeldBatches, StreamedBatches, keep_side
 from fedfactory_ray.classification.card import Classifier, Epoch
 from fedfactory_ray.classification.rows import Rows
+from fedfactory_ray.cluster.failures import find_refusal, out_of_memory_refused
 from fedfactory_ray.cluster.plan import Worker
 from fedfactory_ray.cluster.stored import find_all
 from fedfactory_ray.data.readers import open_source
@@ -61,7 +62,7 @@ def fit(
     checkpoints = trainer_folder(name, made_of)
     found = find_all(storage, Classifier, {classifier_folder(name): made_of}).get(classifier_folder(name))
     if found is None:
-        result = _train(config, rows, task, worker, storage, checkpoints, listen, held=held, judged=judged)
+        result = _train(config, rows, task, worker, storage, name, checkpoints, listen, held=held, judged=judged)
         found = _keep(config, storage, name, made_of, rows, task, result.checkpoint)
     storage.delete_folder(checkpoints)  # those of a start that was killed at its very end, too
     return found
@@ -85,13 +86,14 @@ def _train(
     task: Task,
     worker: Worker,
     storage: Storage,
+    name: str,
     folder: str,
     listen: Callable[[Epoch], None],
     *,
     held: bool,
     judged: bool,
 ) -> ray.train.Result:
-    """Run the fit with Ray Train, which keeps its checkpoints in `folder` and goes on from the last one there."""
+    """Run the fit `name` with Ray Train, which keeps checkpoints in `folder` and goes on from the last one there."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
     queue = Queue(actor_options={"num_cpus": 0})
     batches = int(rows.n_images * (1 - config.classifier.validation_fraction)) // config.classifier.batch_size
@@ -108,6 +110,7 @@ def _train(
             "steps": max(1, batches),
             "queue": queue,
             "judged": judged,
+            "name": name,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=config.resources.classifier_workers,
@@ -120,12 +123,28 @@ def _train(
             storage_filesystem=storage.filesystem,
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
             failure_config=ray.train.FailureConfig(max_failures=config.resources.attempts - 1),
+            callbacks=[RefusalsEnd()],
         ),
         datasets=datasets,
         dataset_config=ray.train.DataConfig(datasets_to_split=["train"]) if datasets else None,
     )
     with _relay(queue, listen):
-        return trainer.fit()
+        try:
+            return trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            refusal = find_refusal(error)
+            if refusal is None:
+                raise
+            raise refusal from None
+
+
+class RefusalsEnd(ray.train.UserCallback):
+    """Ends a fit with the refusal of a worker, which would come again each time that Ray Train tried anew."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """See UserCallback; what it raises, Ray Train does not retry."""
+        for refusal in filter(None, map(find_refusal, worker_exceptions.values())):
+            raise refusal
 
 
 def _streams(config: Config, rows: Rows) -> dict[str, ray.data.Dataset]:
@@ -197,6 +216,12 @@ def _relay(queue: Queue, listen: Callable[[Epoch], None]) -> Iterator[None]:
 
 def _fit_on_worker(settings: dict[str, Any]) -> None:
     """The training loop of one Ray Train worker."""
+    remedy = "a smaller classifier.batch_size, more resources.classifier_workers, or resources.classifier.num_gpus=1"
+    with out_of_memory_refused(f"the fit of {settings['name']}", remedy):
+        _fit_epochs(settings)
+
+
+def _fit_epochs(settings: dict[str, Any]) -> None:
     import torch
 
     from fedfactory_ray.classification.fitting import Fit

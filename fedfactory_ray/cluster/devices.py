@@ -29,6 +29,12 @@ def assigned_device(gpu_ids: list[int] | list[str]) -> torch.device:
     return torch.device("cuda", 0)
 
 
+def gpu(gpu_ids: list[int] | list[str]) -> tuple[int, str]:
+    """Bytes of memory of an assigned GPU, and what precision `auto` comes to on it. Raises ResourcesError."""
+    device = assigned_device(gpu_ids)
+    return torch.cuda.get_device_properties(device).total_memory, resolve_precision("auto", device)
+
+
 def prepare_process(threads: int, device: torch.device) -> torch.device:
     """Fix what could vary in a process that computes on `device` with so many torch threads; returns the device.
 

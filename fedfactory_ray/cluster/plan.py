@@ -19,6 +19,9 @@ from fedfactory_ray.settings.sections import SiloConfig
 DATA_CPUS = 1.0
 """CPUs that Ray Data needs beside the classifier's workers: its tasks ask for one, and with less they wait for ever."""
 
+MODULES_AT_ONCE = 8
+"""Small modules that keep a GPU busy when they train side by side, in one process or in several."""
+
 
 def connect(num_cpus: int | None = None) -> None:
     """Join the running cluster (a submitted job, RAY_ADDRESS) or start Ray on this machine, without a flood of logs.
@@ -58,6 +61,8 @@ class Worker:
     num_gpus: float
     threads: int
     slots: int
+    modules: int = MODULES_AT_ONCE
+    """How many modules a client's actor may train side by side on its GPU, or part of one."""
 
     @property
     def options(self) -> dict[str, float]:
@@ -74,24 +79,49 @@ class Plan:
     classifier: Worker
 
 
-def slots(nodes: list[Mapping[str, float]], num_cpus: float, num_gpus: float) -> int:
+@dataclass(frozen=True)
+class Demand:
+    """What is known of a phase's workers before they start: how many have something to do at once, at most, how many of
+    them a GPU may hold, and how many modules each trains side by side there."""
+
+    workers: int
+    sharing: int
+    modules: int = MODULES_AT_ONCE
+
+
+def slots(nodes: Sequence[Mapping[str, float]], num_cpus: float, num_gpus: float) -> int:
     """How many workers of these demands fit on the nodes (CPU and GPU totals a node)."""
     fits = 0
     for node in nodes:
         by_cpu = int(node.get("CPU", 0) / num_cpus + 1e-9)
-        by_gpu = by_cpu
-        if num_gpus >= 1:
-            by_gpu = int(node.get("GPU", 0) / num_gpus + 1e-9)
-        elif num_gpus > 0:
-            by_gpu = int(node.get("GPU", 0)) * int(1 / num_gpus + 1e-9)
+        by_gpu = int(node.get("GPU", 0)) * int(1 / num_gpus + 1e-9) if num_gpus else by_cpu
         fits += min(by_cpu, by_gpu)
     return fits
 
 
-def make_plan(config: ResourcesConfig, nodes: list[Mapping[str, float]] | None = None) -> Plan:
+def fraction(sharing: int) -> float:
+    """What each of so many workers that share a GPU asks for; Ray counts in ten-thousandths."""
+    return (10_000 // sharing) / 10_000
+
+
+def share_gpus(nodes: Sequence[Mapping[str, float]], num_cpus: float, demand: Demand, most: int | None) -> float:
+    """The largest fraction of a GPU that lets as many workers run side by side as have something to do, up to `most`,
+    and as GPUs and CPUs have room for: Ray fills one GPU before the next, so a smaller one would leave GPUs idle."""
+    room = slots(nodes, num_cpus, fraction(demand.sharing))
+    wanted = min(room, demand.workers, most or room)
+    each = (fraction(sharing) for sharing in range(1, demand.sharing + 1))
+    return next(num_gpus for num_gpus in each if slots(nodes, num_cpus, num_gpus) >= wanted)
+
+
+def make_plan(
+    config: ResourcesConfig,
+    nodes: Sequence[Mapping[str, float]] | None = None,
+    demands: Mapping[str, Demand] | None = None,
+) -> Plan:
     """Resolve the default GPU counts and refuse what could never run (it would hang instead of failing).
 
-    `nodes` are the resources of the living nodes, by default those of the connected cluster.
+    `nodes` are the resources of the living nodes, by default those of the connected cluster; `demands` are known of
+    `client` and `synthesis`, which by default have a GPU each where there are GPUs.
     """
     if nodes is None:
         nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
@@ -99,7 +129,10 @@ def make_plan(config: ResourcesConfig, nodes: list[Mapping[str, float]] | None =
     found = f"{len(nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs"
 
     def resolve(name: str, wanted: WorkerResources, needed: int = 1) -> Worker:
-        num_gpus = wanted.num_gpus if wanted.num_gpus is not None else float(gpus > 0)
+        demand = (demands or {}).get(name, Demand(workers=1, sharing=1))
+        num_gpus = float(gpus > 0) if wanted.num_gpus == "auto" else wanted.num_gpus
+        if wanted.num_gpus == "auto" and gpus:
+            num_gpus = share_gpus(nodes, wanted.num_cpus, demand, config.max_actors)
         fits = slots(nodes, wanted.num_cpus, num_gpus)
         if fits < needed:
             raise ResourcesError(
@@ -109,7 +142,8 @@ def make_plan(config: ResourcesConfig, nodes: list[Mapping[str, float]] | None =
                 + (", or resources.classifier_workers" if needed > 1 else "")
                 + ", or larger nodes",
             )
-        return Worker(wanted.num_cpus, num_gpus, wanted.threads, min(fits, config.max_actors or fits))
+        most = min(fits, config.max_actors or fits)
+        return Worker(wanted.num_cpus, num_gpus, wanted.threads, most, demand.modules)
 
     plan = Plan(
         resolve("client", config.client),
@@ -139,16 +173,19 @@ def place(config: Config, client: str) -> str:
     return json.dumps(placement(config, client), sort_keys=True)
 
 
+def eligible(node: Mapping[str, Any], silo: SiloConfig) -> bool:
+    """Whether a node of Ray has a silo's labels and resources."""
+    return silo.labels.items() <= node["Labels"].items() and all(
+        node["Resources"].get(name, 0) >= amount for name, amount in silo.resources.items()
+    )
+
+
 def refuse_unknown_places(silos: Sequence[SiloConfig], nodes: list[dict[str, Any]] | None = None) -> None:
     """Raise ResourcesError where no living node has a silo's labels and resources: its client would wait for ever."""
     nodes = ray.nodes() if nodes is None else nodes
     alive = [node for node in nodes if node["Alive"]]
     for silo in silos:
-        if not any(
-            silo.labels.items() <= node["Labels"].items()
-            and all(node["Resources"].get(name, 0) >= amount for name, amount in silo.resources.items())
-            for node in alive
-        ):
+        if not any(eligible(node, silo) for node in alive):
             raise ResourcesError(
                 f"{len(alive)} node(s), none with labels {silo.labels} and resources {silo.resources}",
                 f"a node that may read the silo of client {silo.name!r}",

@@ -10,6 +10,7 @@ import ray
 from ray.exceptions import ActorUnschedulableError, RayError
 
 from fedfactory_ray.cluster.absence import Absence
+from fedfactory_ray.cluster.failures import reason
 from fedfactory_ray.cluster.plan import Worker, place
 from fedfactory_ray.settings.config import Config
 
@@ -104,10 +105,3 @@ class Slots:
         for left in set(self.idle) - places:
             for actor in self.idle.pop(left):
                 self._stop(actor)
-
-
-def reason(error: RayError) -> str:
-    """One line that tells why an actor or its task failed."""
-    cause = getattr(error, "cause", None) or error
-    first, *_ = str(cause).strip().splitlines() or [""]
-    return f"{type(cause).__name__}: {first}"

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from fedfactory_ray.cluster.plan import Worker, placement, start_actor
+from fedfactory_ray.cluster.failures import out_of_memory_refused
+from fedfactory_ray.cluster.plan import MODULES_AT_ONCE, Worker, placement, start_actor
 from fedfactory_ray.data.partition import own_indices
 from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.generation.card import ModuleCard, module_fingerprint
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
     from fedfactory_ray.federation.expert import Assignment
     from fedfactory_ray.settings.sections import GeneratorConfig
 
-AT_ONCE = 8
-"""Modules of a client that a GPU trains side by side, where they are small."""
+SHARING = "resources.client.num_gpus=1, should others share the GPU"
+MODULE_REMEDY = f"{SHARING}, or a smaller generator.images_at_once"
+FIT_REMEDY = f"{SHARING}, or a smaller classifier.batch_size"
 
 
 @dataclass(frozen=True)
@@ -85,9 +87,10 @@ class ClientSlot:
 class ClientActor(ClientSlot):
     """A slot in which the factory's clients train modules and fit experts."""
 
-    def __init__(self, config: Config, threads: int, storage: Storage) -> None:
+    def __init__(self, config: Config, threads: int, storage: Storage, modules: int) -> None:
+        """On a GPU at most so many `modules` train side by side."""
         super().__init__(config, threads)
-        self.storage = storage
+        self.storage, self.modules = storage, modules
 
     def train(self, client: str, share: dict[int, np.ndarray]) -> Iterator[Progress | Upload | bytes]:
         """Train a module for each class of `share` (class → places in the client's training split).
@@ -96,7 +99,8 @@ class ClientActor(ClientSlot):
         """
         device, source = self.device, self.source(client)
         node, gpus = ray.get_runtime_context().get_node_id(), tuple(map(str, ray.get_gpu_ids()))
-        for event in train_share(self.config, source, client, share, device, self.storage):
+        at_once = min(self.modules, modules_at_once(self.config.generator)) if device.type == "cuda" else 1
+        for event in train_share(self.config, source, client, share, device, self.storage, at_once):
             if isinstance(event, Progress):
                 yield event
             else:
@@ -108,12 +112,14 @@ class ClientActor(ClientSlot):
         """Fit the client's expert, see `expert.fit_expert`: a stream of its epochs and, at the end, the expert."""
         from fedfactory_ray.federation.expert import fit_expert
 
-        yield from fit_expert(self.config, assignment, self.source(assignment.client), self.storage, self.device)
+        with out_of_memory_refused(f"client {assignment.client!r}, fitting its expert", FIT_REMEDY):
+            yield from fit_expert(self.config, assignment, self.source(assignment.client), self.storage, self.device)
 
 
 def start_client(config: Config, worker: Worker, storage: Storage, client: str) -> Any:
     """A client's actor, where that client's images may be read."""
-    return start_actor(ClientActor, config, worker.threads, storage, **worker.options, **placement(config, client))
+    options = worker.options | placement(config, client)
+    return start_actor(ClientActor, config, worker.threads, storage, worker.modules, **options)
 
 
 def train_share(
@@ -123,18 +129,18 @@ def train_share(
     share: dict[int, np.ndarray],
     device: torch.device,
     storage: Storage,
+    at_once: int = 1,
 ) -> Iterator[Progress | tuple[ModuleCard, bytes, float]]:
     """Train a client's modules where its images are; yields progress, and each module's card, weights and seconds.
 
     Each module is written to storage, the card last, so that it outlives this process; until then its latest
-    checkpoint lies there, from which another process goes on. What is there and whole is not trained again. A GPU
-    trains some side by side, which changes no byte of any.
+    checkpoint lies there, from which another process goes on. What is there and whole is not trained again. So many
+    modules train side by side, `at_once`, which changes no byte of any.
     """
-    most = modules_at_once(config.generator, device)
     waiting = [_train_module(config, source, client, label, places, device, storage) for label, places in share.items()]
     running: list[Iterator[Progress | tuple[ModuleCard, bytes, float] | None]] = []
     while waiting or running:
-        while waiting and len(running) < most:
+        while waiting and len(running) < at_once:
             running.append(waiting.pop(0))
         for module in list(running):
             try:
@@ -146,10 +152,10 @@ def train_share(
                     yield event
 
 
-def modules_at_once(generator: GeneratorConfig, device: torch.device) -> int:
-    """How many modules of a client train side by side: on a GPU, small ones leave most of it idle. Dropout draws from
-    a generator that they would share."""
-    return AT_ONCE if device.type == "cuda" and not generator.dropout else 1
+def modules_at_once(generator: GeneratorConfig) -> int:
+    """How many modules of a client train side by side on a GPU: small ones leave most of it idle. Dropout draws from a
+    generator that they would share."""
+    return 1 if generator.dropout else MODULES_AT_ONCE
 
 
 def _train_module(
@@ -162,6 +168,19 @@ def _train_module(
     storage: Storage,
 ) -> Iterator[Progress | tuple[ModuleCard, bytes, float] | None]:
     """Train one of a client's modules; None after a step that has no news, for others to take a turn."""
+    with out_of_memory_refused(f"client {client!r}, class {label}, training its module", MODULE_REMEDY):
+        yield from _train_here(config, source, client, label, places, device, storage)
+
+
+def _train_here(
+    config: Config,
+    source: Source,
+    client: str,
+    label: int,
+    places: np.ndarray,
+    device: torch.device,
+    storage: Storage,
+) -> Iterator[Progress | tuple[ModuleCard, bytes, float] | None]:
     import torch
 
     from fedfactory_ray.cluster.devices import resolve_precision

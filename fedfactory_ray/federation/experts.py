@@ -10,9 +10,11 @@ from typing import Any
 from ray.exceptions import RayError
 
 from fedfactory_ray.classification.card import Epoch, Expert
+from fedfactory_ray.cluster.failures import find_refusal, reason
 from fedfactory_ray.cluster.plan import Worker
-from fedfactory_ray.cluster.slots import Slots, reason
+from fedfactory_ray.cluster.slots import Slots
 from fedfactory_ray.cluster.stored import find_all
+from fedfactory_ray.errors import GpuMemoryError
 from fedfactory_ray.federation.client import start_client
 from fedfactory_ray.federation.expert import Assignment
 from fedfactory_ray.settings.config import Config
@@ -48,7 +50,8 @@ def collect_experts(
     """Have every client fit its expert, as many side by side as there are slots.
 
     An expert that is stored and verifies is not fitted again. A client whose actor dies or whose fit fails is given to
-    a new actor, up to `resources.attempts` times; then its expert is missing. Raises the last failure where all are.
+    a new actor, up to `resources.attempts` times; then its expert is missing. Raises the last failure where all are,
+    and the first of a GPU without memory, which would come again.
     """
     wanted = {expert_folder(a.client): a.fingerprint(config) for a in assignments}
     fitted = {expert.client: expert for expert in find_all(storage, Expert, wanted).values()}
@@ -75,6 +78,8 @@ def collect_experts(
     def fail(client: str, error: RayError, last: bool) -> bool:
         if client in fitted:
             return False
+        if isinstance(find_refusal(error), GpuMemoryError):
+            raise error
         if last:
             missing[client] = reason(error)
         if len(missing) == len(assignments):

@@ -14,12 +14,14 @@ import pyarrow.parquet as pq
 import ray
 from rich.console import Console
 
+from fedfactory_ray.cluster.failures import find_refusal
 from fedfactory_ray.cluster.plan import Plan, connect, make_plan
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import DataInfo
-from fedfactory_ray.errors import FedFactoryError, ForgottenError, RunConflictError
+from fedfactory_ray.errors import ForgottenError, RunConflictError
 from fedfactory_ray.federation.exchange import import_modules, set_sha256
 from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.pipeline.gpus import plan_gpus
 from fedfactory_ray.pipeline.survey import read_images, survey
 from fedfactory_ray.settings.config import MOVED, Config, flatten
 from fedfactory_ray.storage.artefact import fingerprint
@@ -109,6 +111,10 @@ def open_session(
                 import_modules(config.modules, storage, cards)
             else:
                 partition = read_images(config, partition, info)
+            plan, shared = plan_gpus(config, plan, info, partition)
+            if shared:
+                console.print(shared, highlight=False)
+                background.submit(lambda: logged.result().tag("gpus", shared))
             session = Session(config, name, console, plan, info, partition, storage, logged, cards)
             session.seconds["start"] = time.monotonic() - began
             yield session
@@ -177,13 +183,3 @@ def save_partition(storage: Storage, partition: Partition) -> None:
         "counts": partition.matrix().tolist(),
     }
     storage.write_json(PARTITION, summary)
-
-
-def find_refusal(error: BaseException | None) -> FedFactoryError | None:
-    """The refusal of a task or actor inside Ray's wrappings of it, if there is one."""
-    while error is not None:
-        cause = getattr(error, "cause", None) or error.__cause__
-        if isinstance(cause, FedFactoryError) and not isinstance(cause, ray.exceptions.RayError):
-            return cause
-        error = cause
-    return None

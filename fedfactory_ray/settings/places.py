@@ -3,7 +3,9 @@ and on whether a training set is held in memory."""
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator
 
 from fedfactory_ray.settings.sections import Section
 
@@ -15,12 +17,32 @@ class WorkerResources(Section):
     """CPUs that Ray sets aside."""
     threads: int = Field(1, ge=1)
     """Torch threads; results may depend on it."""
-    num_gpus: float | None = Field(None, ge=0)
-    """GPUs, a fraction to share one; default: 1 where the cluster has GPUs, else 0."""
+    num_gpus: Annotated[float, Field(ge=0)] | Literal["auto"] = "auto"
+    """A GPU, or a fraction to share one; `auto`: 0 where the cluster has none, else a whole one to fit a classifier,
+    and for clients and synthesis a fraction where several small ones fit on a GPU."""
+
+    @field_validator("num_gpus", mode="before")
+    @classmethod
+    def _null_is_auto(cls, num_gpus: Any) -> Any:
+        return "auto" if num_gpus is None else num_gpus
+
+    @field_validator("num_gpus")
+    @classmethod
+    def _one_process_one_gpu(cls, num_gpus: float | str) -> float | str:
+        if num_gpus != "auto" and float(num_gpus) > 1:
+            raise ValueError(
+                "at most 1, for a process computes on one GPU: a module is trained on one; a fit takes several by "
+                "resources.classifier_workers"
+            )
+        return num_gpus
 
 
 class ResourcesConfig(Section):
-    """Resources of each phase; the same file serves a laptop and a cluster."""
+    """Resources of each phase; the same file serves a laptop and a cluster.
+
+    On several GPUs run as many clients and synthesis actors side by side as there is room for, and one fit, by
+    `classifier_workers` (Ray Train). One module is trained on one GPU, or on a part of it.
+    """
 
     client: WorkerResources = WorkerResources()
     """A client's actor."""

@@ -11,6 +11,7 @@ import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayActorError
 
+from fedfactory_ray.cluster.failures import out_of_memory_refused
 from fedfactory_ray.cluster.plan import Worker
 from fedfactory_ray.cluster.stored import find_all
 from fedfactory_ray.generation.card import Modules
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from fedfactory_ray.generation.sampling import Drawing
 
 KEPT_MODULES = 2
+REMEDY = "resources.synthesis.num_gpus=1, should others share the GPU, or a smaller synthesis.batch_size"
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class Synthesizer:
         from fedfactory_ray.generation.canary import canary
 
         key = (unit.client, unit.label)
-        images = self.drawing(key).draw(unit.n, unit.seed)
+        with out_of_memory_refused(f"drawing from the module of client {unit.client!r}, class {unit.label}", REMEDY):
+            images = self.drawing(key).draw(unit.n, unit.seed)
         made_of, made_by = unit.fingerprint(self.config, self.modules[key].card), canary(self.device, self.precision)
         return write_shard(self.target, unit, images, made_of, made_by)
 

@@ -17,10 +17,11 @@ from rich.console import Console
 from fedfactory_ray.baselines import rounds
 from fedfactory_ray.baselines.centralised import reference_config
 from fedfactory_ray.baselines.methods import METHODS, determining
+from fedfactory_ray.cluster.failures import find_refusal
 from fedfactory_ray.cluster.plan import Worker, make_plan
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.errors import ConfigError, DataInvalidError, ResourcesError
-from fedfactory_ray.pipeline.session import Session, find_refusal, open_session, run_name
+from fedfactory_ray.pipeline.session import Session, open_session, run_name
 from fedfactory_ray.pipeline.survey import read_images, survey
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
