@@ -1,3 +1,5 @@
+import gc
+import weakref
 from collections.abc import Iterator
 from functools import cache
 
@@ -188,6 +190,32 @@ def test_a_launchers_variables_do_not_make_training_wait_for_others(monkeypatch:
         monkeypatch.setenv(name, value)
     accelerator = make_accelerator(CPU, "fp32")
     assert (accelerator.num_processes, accelerator.device.type) == (1, "cpu")
+
+
+def test_a_finished_training_leaves_memory_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client trains module after module; a cycle of references would keep each until Python's collector runs."""
+    networks: list[weakref.ref[Denoiser]] = []
+    fit_statistics = Denoiser.fit_statistics
+
+    def watched(self: Denoiser, images: Tensor) -> None:
+        networks.append(weakref.ref(self))
+        fit_statistics(self, images)
+
+    Denoiser(tiny(), 1, 8)  # the first import of diffusers keeps frames of whoever imports, in errors that it caught
+    monkeypatch.setattr(Denoiser, "fit_statistics", watched)
+    gc.collect()
+    gc.disable()
+    try:
+        training = train_denoiser(class_images(), tiny(precision="bf16", min_steps=2, max_steps=2), CPU, 0)
+        *_, denoiser = training
+        assert len(networks) == 1
+        del training
+        assert networks[0]() is None
+        average = weakref.ref(denoiser)
+        del denoiser, _
+        assert average() is None
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
