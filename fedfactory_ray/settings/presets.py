@@ -31,7 +31,6 @@ PUBLISHED_GENERATOR = {
     "min_steps": 10_000,
     "max_steps": 100_000,
     "batch_size": 256,
-    "images_at_once": 128,
     "learning_rate": 4e-4,
     "ema_decay": 0.9995,
     "noise_mean": -1.2,
