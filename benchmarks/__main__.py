@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this job."""
     parser.add_argument("what", choices=(*COST, *CHOICES, "device"))
     parser.add_argument("--run", help="samplers, experts: folder of a finished run, runs/<name>")
-    parser.add_argument("--parts", nargs="+", help="device: only digits, short, published, compiled or fit")
+    parser.add_argument("--parts", nargs="+", help="device: only some of digits, short, fit and published")
     parser.add_argument("--seconds", type=float, default=300, help="device: no part begins later (default 300)")
     parser.add_argument("--out", help="device: file for the figures, as JSON")
     parser.add_argument("--images", type=int, default=500, help="samplers: images a class (default 500)")

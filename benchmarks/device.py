@@ -33,7 +33,7 @@ from fedfactory_ray.synthesis.shard import image_table
 
 CHUNKS, CHUNK_SECONDS = 3, 0.6
 ON_CPU = ("digits", "fit")
-ON_GPU = ("digits", "compiled", "short", "fit", "published")
+ON_GPU = ("digits", "short", "fit", "published")
 SIDE_BY_SIDE = 8
 DRAWN = {"cuda": 250, "cpu": 50}
 """Images that are drawn at once, by type of device."""
@@ -50,12 +50,17 @@ class Network:
     channels: int
 
 
-def network(preset: str, side: int, channels: int, **changes: Any) -> Network:
-    """The generator of `preset`, with changes that its name tells."""
+def network(preset: str, side: int, channels: int, **sampler: Any) -> Network:
+    """The generator and sampler of `preset`, the latter with changes that its name tells."""
     values = PRESETS[preset].values
-    generator = GeneratorConfig.model_validate(values.get("generator", {}) | changes)
-    name = " ".join([preset, *(f"{setting}={value}" for setting, value in changes.items())])
-    return Network(name, generator, SamplerConfig.model_validate(values.get("sampler", {})), side, channels)
+    name = " ".join([preset, *(f"{setting}={value}" for setting, value in sampler.items())])
+    return Network(
+        name,
+        GeneratorConfig.model_validate(values.get("generator", {})),
+        SamplerConfig.model_validate(values.get("sampler", {}) | sampler),
+        side,
+        channels,
+    )
 
 
 @dataclass
@@ -145,33 +150,37 @@ def training_of(bench: Bench, chosen: Network, seed: int = 0) -> Training:
     return Training(pictures(512, chosen.side, chosen.channels), chosen.generator, bench.device, seed)
 
 
-def operations(denoiser: Denoiser) -> int:
+def drawing_of(bench: Bench, chosen: Network, denoiser: Denoiser) -> Drawing:
+    """What draws from a denoiser of that network."""
+    precision = resolve_precision(chosen.generator.precision, bench.device)
+    return Drawing(denoiser, chosen.sampler, DRAWN[bench.device.type], bench.device, precision)
+
+
+def operations(chosen: Network) -> int:
     """Floating-point operations of one evaluation on one image."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    denoiser = Denoiser(chosen.generator, chosen.channels, chosen.side).eval()
     x = denoiser.mean[None]
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         denoiser(x, x.new_ones(1))
     return int(counter.get_total_flops())
 
 
-def speed(bench: Bench, chosen: Network) -> None:
-    """Images a second that are trained on and drawn, and the share of the device's product that this is."""
-    device, generator, began = bench.device, chosen.generator, time.monotonic()
-    precision = resolve_precision(generator.precision, device)
-    plain = Denoiser(generator, chosen.channels, chosen.side).eval()
-    one, parameters = operations(plain), sum(weights.numel() for weights in plain.parameters())
+def training_speed(bench: Bench, chosen: Network) -> None:
+    """Images a second that are trained on, and the share of the device's product that this is."""
+    generator, began = chosen.generator, time.monotonic()
     bench.gigabytes()
     training = training_of(bench, chosen)
     training.descend()
     bench.wait()
     first = time.monotonic() - began
     once, batch = bench.time(training.descend), generator.batch_size
-    tflops = 3 * one * batch / once / 1e12
+    tflops = 3 * operations(chosen) * batch / once / 1e12
     bench.add(
         f"training, {chosen.name}",
-        precision=precision,
-        parameters_m=round(parameters / 1e6, 2),
+        precision=resolve_precision(generator.precision, bench.device),
+        parameters_m=round(sum(weights.numel() for weights in training.current) / 1e6, 2),
         batch=batch,
         images_per_s=batch / once,
         ms_per_step=once * 1e3,
@@ -180,12 +189,17 @@ def speed(bench: Bench, chosen: Network) -> None:
         gb=bench.gigabytes(),
         seconds_to_first_step=first,
     )
-    began, size = time.monotonic(), DRAWN[device.type]
-    drawing = Drawing(training.average, chosen.sampler, size, device, precision)
+
+
+def drawing_speed(bench: Bench, chosen: Network) -> None:
+    """Images a second that are drawn, and the share of the device's product that this is."""
+    began, size = time.monotonic(), DRAWN[bench.device.type]
+    bench.gigabytes()
+    drawing = drawing_of(bench, chosen, Denoiser(chosen.generator, chosen.channels, chosen.side))
     drawing.draw(size, 0)
     first = time.monotonic() - began
-    once = bench.time(lambda: drawing.draw(size, 0), warm=3)
-    tflops = one * chosen.sampler.evaluations * size / once / 1e12
+    once = bench.time(lambda: drawing.draw(size, 0))
+    tflops = operations(chosen) * chosen.sampler.evaluations * size / once / 1e12
     bench.add(
         f"drawing, {chosen.name}",
         evaluations=chosen.sampler.evaluations,
@@ -247,9 +261,7 @@ def repeated(bench: Bench, chosen: Network, steps: int = 8) -> None:
     figures["interrupted"] = digest(trained(interrupted=True)) == digest(first)
     if not chosen.generator.dropout:
         figures["beside another"] = digest(trained(beside=training_of(bench, chosen, 1))) == digest(first)
-    precision = resolve_precision(chosen.generator.precision, bench.device)
-    size = DRAWN[bench.device.type]
-    drawing = Drawing(first, chosen.sampler, size, bench.device, precision)
+    size, drawing = DRAWN[bench.device.type], drawing_of(bench, chosen, first)
     # A first batch is launched as it is, a sixth replayed.
     images, again = drawing.draw(6 * size, seed=1), drawing.draw(size + 1, seed=1)
     figures["drawn again"] = bool((again == images[: size + 1]).all())
@@ -290,13 +302,14 @@ def device(config: Config, options: argparse.Namespace) -> Table:
     bench = Bench(chosen, options.seconds, Path(options.out) if options.out else None)
     bench.add("environment", **environment(chosen))
     digits, short = network("digits", 8, 1), network("cifar10-1gpu", 32, 3)
-    compiled, published = (network("cifar10-published", 32, 3, compile=each) for each in (True, False))
+    published, plain = network("cifar10-published", 32, 3), network("cifar10-published", 32, 3, compile=False)
+    both = (training_speed, drawing_speed)
     parts: list[tuple[str, Callable[[Bench, Any], None], Any]] = [
-        *(("digits", measure, digits) for measure in (speed, repeated, side_by_side)),
-        *(("compiled", measure, compiled) for measure in (speed, repeated)),
-        *(("short", measure, short) for measure in (speed, repeated, side_by_side)),
+        *(("digits", measure, digits) for measure in (*both, repeated, side_by_side)),
+        *(("short", measure, short) for measure in (*both, repeated, side_by_side)),
         *(("fit", fits, model) for model in ("cnn", "resnet18", "fast")),
-        *(("published", measure, published) for measure in (speed, repeated)),
+        *(("published", measure, published) for measure in (*both, repeated)),
+        ("published", drawing_speed, plain),
     ]
     limits(bench)
     for name, measure, what in parts:

@@ -21,7 +21,7 @@ for 500 images of the published network, whose training would save 42)."""
 def module_need(config: GeneratorConfig, channels: int, resolution: int, precision: str) -> Need:
     """What training one module takes, in `precision`, on images of so many channels and pixels a side.
 
-    The images are those that pass at once (`generator.images_at_once`). A compiled network takes less.
+    The images are those that pass at once (`generator.images_at_once`).
     """
 
     def loss(network: nn.Module, n: int) -> Tensor:

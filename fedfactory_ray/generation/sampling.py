@@ -35,7 +35,9 @@ class Drawing:
         )
         if device.type == "cuda":
             nn.Module.to(denoiser.unet, AUTOCAST_DTYPES[precision])  # diffusers' own `to` warns of what is not the case
-            denoiser.compile_where_told()
+            if config.compile:
+                denoiser.unet.to(memory_format=torch.channels_last)  # slower as it is, but not when compiled
+                denoiser.unet.compile(dynamic=False)
         self.noise = torch.empty(batch_size, *denoiser.image_shape, device=device)
         self.solve = Capture(self._solve, device)
 

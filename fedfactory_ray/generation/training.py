@@ -83,7 +83,6 @@ class Training:
         self.data = to_tensor(images.to(device), device)
         self.network = Denoiser(config, self.data.shape[1], self.data.shape[2]).to(device)
         self.network.fit_statistics(self.data)
-        self.network.compile_where_told()
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         self.averaged, self.current = ([*network.parameters()] for network in (self.average, self.network))
         on_gpu = device.type == "cuda"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -35,13 +36,11 @@ class Denoiser(nn.Module):
     """
 
     def __init__(self, config: GeneratorConfig, channels: int, resolution: int) -> None:
-        from diffusers.models.unets.unet_2d import UNet2DModel
-
         super().__init__()
         config.check_resolution(resolution)
         levels = len(config.channels)
         attends = [level in config.attention_levels for level in range(levels)]
-        self.patch, self.compiles = config.patch, config.compile
+        self.patch = config.patch
         self.unet: Any = UNet2DModel(
             sample_size=resolution // config.patch,
             in_channels=channels * config.patch**2,
@@ -71,15 +70,6 @@ class Denoiser(nn.Module):
         self.register_buffer("scale", torch.ones(()))
         self.mean: Tensor
         self.scale: Tensor
-
-    def compile_where_told(self) -> None:
-        """On a GPU, if the settings want it, compile the network, its filters laid out as such kernels like them.
-
-        Before weights are averaged or an optimiser is made: these take the layout over.
-        """
-        if self.compiles and self.mean.device.type == "cuda":
-            self.unet.to(memory_format=torch.channels_last)
-            self.unet.compile(dynamic=False)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -13,6 +13,7 @@ from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.data.source import inspect
 from fedfactory_ray.errors import DataInvalidError
 from fedfactory_ray.federation.client import Progress, train_share
+from fedfactory_ray.pipeline.gpus import modules_here
 from fedfactory_ray.pipeline.session import claim
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
@@ -57,11 +58,12 @@ def export_modules(
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
     prepare_process(config.resources.client.threads, where)
+    at_once = modules_here(config, info, where)
     total = sum(config.generator.steps(len(indices)) for indices in share.values())
     done: dict[int, int] = {}
     trained = set()
     with log_lines(console), Bars(console, f"training modules of {client}", total, "steps") as shown:
-        for event in train_share(config, source, client, share, where, storage):
+        for event in train_share(config, source, client, share, where, storage, at_once):
             if isinstance(event, Progress) and event.resumed:
                 log.info("%s, class %d: goes on from step %d of %d", client, event.label, event.step, event.steps)
             elif isinstance(event, Progress):

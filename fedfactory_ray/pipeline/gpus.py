@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import ray
 
@@ -16,6 +16,9 @@ from fedfactory_ray.errors import ResourcesError
 from fedfactory_ray.federation.client import modules_at_once
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.synthesis.synthesize import KEPT_MODULES
+
+if TYPE_CHECKING:
+    import torch
 
 CONTEXT = 800_000_000
 """Bytes of a process that computes on a GPU: CUDA's context, and what its libraries keep."""
@@ -95,6 +98,22 @@ def client_demand(config: Config, needs: Needs, gpu: Gpu, info: DataInfo, partit
     each = CONTEXT + max(modules * module, needs.fit.of(config.classifier.batch_size))
     small = max(each / modules, CONTEXT + needs.fit.of(config.classifier.batch_size)) <= SMALL
     return Demand(n_clients, _sharing(each, gpu, MODULES_AT_ONCE // modules) if small else 1, modules), each
+
+
+def modules_here(config: Config, info: DataInfo, device: torch.device) -> int:
+    """How many modules a process of its own trains side by side on `device`, as what is free of a GPU allows."""
+    import torch
+
+    from fedfactory_ray.cluster.devices import resolve_precision
+    from fedfactory_ray.generation.memory import module_need
+
+    if device.type != "cuda":
+        return 1
+    generator = config.generator
+    need = module_need(generator, info.channels, info.resolution, resolve_precision(generator.precision, device))
+    each = need.of(min(generator.images_at_once or generator.batch_size, generator.batch_size))
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(1, min(modules_at_once(generator), int(USABLE * free / each))) if each <= SMALL else 1
 
 
 def _sharing(each: int, gpu: Gpu, most: int) -> int:

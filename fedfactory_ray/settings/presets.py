@@ -34,9 +34,8 @@ PUBLISHED_GENERATOR = {
     "learning_rate": 4e-4,
     "ema_decay": 0.9995,
     "noise_mean": -1.2,
-    "compile": True,
 }
-PUBLISHED_SAMPLER = {"evaluations": 18, "sigma_min": 0.002, "sigma_max": 80.0}
+PUBLISHED_SAMPLER = {"evaluations": 18, "sigma_min": 0.002, "sigma_max": 80.0, "compile": True}
 PUBLISHED_CLASSIFIER = {
     "model": "resnet50",
     "norm": "batch",

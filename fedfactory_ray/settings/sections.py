@@ -172,8 +172,6 @@ class GeneratorConfig(Section):
     """Standard deviation of ln(sigma) in training (P_std of EDM)."""
     precision: Precision = "auto"
     """Arithmetic of training and sampling; auto: bf16 where the hardware has it, else fp32."""
-    compile: bool = False
-    """Compile the network on GPUs: half a minute a process, worth it from some minutes of training a module on."""
     half_precision_upload: bool = True
     """Store and send weights as float16: half the bytes."""
 
@@ -219,6 +217,8 @@ class SamplerConfig(Section):
     """Largest noise level, in the same units."""
     rho: float = Field(7.0, gt=0)
     """Curvature of the noise schedule (Karras et al. 2022, eq. 5)."""
+    compile: bool = False
+    """Compile the network on GPUs: half a minute a process, and then more than twice the images a second."""
 
     @model_validator(mode="after")
     def _levels_are_ordered(self) -> SamplerConfig:
