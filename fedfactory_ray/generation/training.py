@@ -174,14 +174,15 @@ class Training:
         def part(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        self.network.load_state_dict(part("network."))
-        self.average.load_state_dict(part("average."))
         moments: dict[int, dict[str, Tensor]] = {}
         for name, tensor in part("optimizer.").items():
             i, _, key = name.partition(".")
             moments.setdefault(int(i), {})[key] = tensor
         groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
+        with self.on_stream():
+            self.network.load_state_dict(part("network."))
+            self.average.load_state_dict(part("average."))
+            self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
         self.draw.set_state(tensors["draw"])
         torch.set_rng_state(tensors["random.cpu"])
         if self.device.type == "cuda":
