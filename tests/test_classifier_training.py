@@ -94,6 +94,14 @@ def test_workers_share_every_batch() -> None:
         assert pixels == sorted(image.numpy().tobytes() for share, _ in shares for image in share)
 
 
+def test_what_a_gpu_judges_at_once_does_not_depend_on_its_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = HeldBatches(table_of(columns()), TASK.image_shape, 16, 5, 0, 1)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (0, 0))
+    held.to(torch.device("cuda"))  # no room: the rows stay where they are
+    assert [len(labels) for _, labels in held.epoch(None)] == [64, 64, 64, 48]
+    assert {len(labels) for _, labels in held.epoch(0)} == {16}
+
+
 def test_validation_rows_are_a_tenth_and_stay_when_rows_go() -> None:
     there = columns()
     training, validation = (keep_side(table_of(there), 60, 0.1, validation=side) for side in (False, True))

@@ -47,10 +47,12 @@ class Held:
     images: Tensor
     labels: Tensor
     batch_size: int
+    on_gpu = False
 
     def to(self, device: torch.device) -> None:
         """See Batches: on a GPU the rows lie there, where they take no more than a quarter of what is free."""
-        if device.type == "cuda" and self.images.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
+        self.on_gpu = device.type == "cuda"
+        if self.on_gpu and self.images.nbytes <= torch.cuda.mem_get_info(device)[0] // 4:
             self.images, self.labels = self.images.to(device), self.labels.to(device)
 
     def gather(self, order: Tensor, size: int, rank: int = 0, world: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
@@ -61,8 +63,9 @@ class Held:
 
     @property
     def reading_size(self) -> int:
-        """Images a batch that is only judged: on a GPU more, for launches cost more than images there."""
-        return self.batch_size * (4 if self.images.is_cuda else 1)
+        """Images a batch that is only judged: on a GPU more, for launches cost more than images there. Where the rows
+        lie makes no difference, for bytes may depend on a batch's size."""
+        return self.batch_size * (4 if self.on_gpu else 1)
 
 
 class HeldBatches(Held):
