@@ -387,13 +387,13 @@ def test_cifar10_batches_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_folder_with_some_of_the_classes_keeps_their_numbers(tmp_path: Path) -> None:
     (tmp_path / "train" / "dog").mkdir(parents=True)
     Image.new("L", (8, 8), 9).save(tmp_path / "train" / "dog" / "1.png")
-    source = open_source(DataConfig(source=str(tmp_path)), ["cat", "dog", "eel"])
+    source = open_source(DataConfig(source=str(tmp_path), class_names=("cat", "dog", "eel")))
     info, labels = inspect(source, trains=False, tests=False)
     assert info.counts["train"] == [0, 1, 0]
     assert labels.tolist() == [1]
     assert source.images("train").shape == (1, 8, 8, 1)
     with pytest.raises(DataInvalidError, match="folders \\['dog'\\]"):
-        inspect(open_source(DataConfig(source=str(tmp_path)), ["cat", "eel"]))
+        inspect(open_source(DataConfig(source=str(tmp_path), class_names=("cat", "eel"))))
 
 
 def test_a_file_with_a_test_split_alone_is_enough_to_test_on(tmp_path: Path) -> None:

@@ -23,11 +23,19 @@ from fedfactory_ray.settings.sections import DataConfig
 CHUNK_BYTES = 2**24
 
 
-def open_source(config: DataConfig, class_names: list[str] | None = None) -> Source:
-    """The source that `config` names, whose classes are `class_names` where the whole data set's are known.
+def open_source(config: DataConfig) -> Source:
+    """The source that `config` names, its classes numbered by `config.class_names` where these are known.
 
     Raises DataMissingError or DataInvalidError.
     """
+    source, names = _open(config), config.class_names
+    if names is not None and list(names) != source.class_names:
+        found = f"data.class_names {', '.join(names)}"
+        raise DataInvalidError(source.path, found, f"its own, {source.class_names}: leave data.class_names out")
+    return source
+
+
+def _open(config: DataConfig) -> Source:
     if config.source == "digits":
         return Digits(config)
     if config.source == "cifar10":
@@ -37,7 +45,8 @@ def open_source(config: DataConfig, class_names: list[str] | None = None) -> Sou
     path = Path(config.source).expanduser()
     if not path.exists():
         raise DataMissingError(path.absolute(), None, f"data.source={config.source}")
-    return (ImageFolder if path.is_dir() else ArrayFile)(path, config.resolution, class_names)
+    names = None if config.class_names is None else list(config.class_names)
+    return (ImageFolder if path.is_dir() else ArrayFile)(path, config.resolution, names)
 
 
 class Digits:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +20,7 @@ from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.artefact import fingerprint
 
+log = logging.getLogger(__name__)
 READ_AT_ONCE = 2**29
 """Bytes of images that one task reads to tell their fingerprints."""
 
@@ -33,6 +36,7 @@ def survey(config: Config) -> tuple[DataInfo, Partition, list[ModuleCard]]:
     if config.modules is not None:
         cards = offered_cards(config.modules, info)
         partition = held_elsewhere({card.key: card.n_images for card in cards}, info.classes)
+        _refuse_missing(config.modules, "module", partition, info, excluded)
         partition = partition.without(still_held(partition, excluded))
         return info, partition, [card for card in cards if card.label in partition.shares.get(card.client, {})]
     if config.partition.scheme == "natural":
@@ -52,8 +56,9 @@ def _natural(config: Config, info: DataInfo) -> Partition:
         )
     taking_part = [silo for silo in config.partition.silos if silo.name not in excluded]
     refuse_unknown_places(taking_part)
+    agreed = config.with_class_names(info.class_names)
     asked = {
-        _inspect_silo.options(**placement(config, silo.name)).remote(config, silo.name, info): silo.name
+        _inspect_silo.options(**placement(config, silo.name)).remote(agreed, silo.name, info): silo.name
         for silo in taking_part
     }
     counts = {
@@ -62,12 +67,18 @@ def _natural(config: Config, info: DataInfo) -> Partition:
         for label, n in enumerate(found)
         if n
     }
-    missing = sorted(set(range(info.classes)) - {label for _, label in counts})
-    if missing and not excluded:
-        names = ", ".join(info.class_names[y] for y in missing)
-        raise DataInvalidError("partition.silos", f"no silo with a training image of class {names}", "every class")
     partition = held_elsewhere(counts, info.classes)
+    _refuse_missing("partition.silos", "silo with a training image", partition, info, excluded)
     return partition.without(still_held(partition, [entry for entry in excluded if "/" in entry]))
+
+
+def _refuse_missing(where: str, what: str, partition: Partition, info: DataInfo, excluded: Sequence[str]) -> None:
+    """Raise DataInvalidError for classes that nobody holds; whom a run leaves out may have held them alone."""
+    names = [name for name, n in zip(info.class_names, partition.matrix().sum(0), strict=True) if not n]
+    if names and not excluded:
+        raise DataInvalidError(where, f"no {what} of class {', '.join(names)}", "every class")
+    if names:
+        log.warning("nobody is left with class %s: no image of it is drawn", ", ".join(names))
 
 
 def read_images(config: Config, partition: Partition, info: DataInfo) -> Partition:
@@ -94,7 +105,7 @@ def _read_images(
     config: Config, info: DataInfo, shares: list[tuple[str, int, np.ndarray]]
 ) -> dict[tuple[str, int], str]:
     """Fingerprints of the images of shares (client, class, places) that lie in one source."""
-    source = open_source(config.data_of(shares[0][0]), info.class_names)
+    source = open_source(config.with_class_names(info.class_names).data_of(shares[0][0]))
     indices = [own_indices(config, source, label, places) for _, label, places in shares]
     images = np.split(source.images("train", np.concatenate(indices)), np.cumsum([len(i) for i in indices])[:-1])
     return {(client, label): fingerprint(own) for (client, label, _), own in zip(shares, images, strict=True)}
@@ -108,7 +119,7 @@ def _inspect(config: Config) -> tuple[DataInfo, np.ndarray]:
 @ray.remote
 def _inspect_silo(config: Config, client: str, info: DataInfo) -> list[int]:
     """Number of training images of each class of a natural silo."""
-    source = open_source(config.data_of(client), info.class_names)
+    source = open_source(config.data_of(client))
     found, labels = inspect(source, trains=False, tests=False)
     if not len(labels):
         raise DataInvalidError(source.path, "no train images", "training images of the silo's own classes")

@@ -33,6 +33,9 @@ class DataConfig(Section):
     """Which MedMNIST file to read: the pixels of an image's side."""
     resolution: int | None = Field(None, ge=4)
     """Side in pixels that train, synthesis and test share; default: as stored."""
+    class_names: tuple[str, ...] | None = None
+    """Names of all classes, in order: a folder may hold only some of them. Default: as the source tells, the names of a
+    folder's subfolders in order, the numbers of an .npz."""
 
     @property
     def known_resolution(self) -> int | None:
@@ -40,6 +43,13 @@ class DataConfig(Section):
         if self.resolution is not None:
             return self.resolution
         return self.size if self.source.startswith("medmnist:") else NATIVE_RESOLUTION.get(self.source)
+
+    @field_validator("class_names")
+    @classmethod
+    def _classes_differ(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if names is not None and (len(set(names)) < max(2, len(names)) or not all(names)):
+            raise ValueError(f"class_names {list(names)}: needed two or more, each another")
+        return names
 
     @model_validator(mode="after")
     def _source_is_known(self) -> DataConfig:
