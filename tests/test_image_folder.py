@@ -150,9 +150,10 @@ def test_a_class_without_training_images_is_refused_by_name(tmp_path: Path) -> N
 
 
 def test_folders_without_splits_or_classes_are_refused(tmp_path: Path) -> None:
-    assert "subfolders train and test" in refusal(tmp_path)
+    assert "no train/, no val/, no test/" in refusal(tmp_path)
     (tmp_path / "train").mkdir()
-    assert "one folder a class" in refusal(tmp_path)
-    (tmp_path / "train" / "cat").mkdir()
-    Image.new("L", (8, 8)).save(tmp_path / "train" / "cat" / "1.png")
+    assert "train/ with 0 class folders" in refusal(tmp_path)
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / "train" / name / "1.png")
     assert "no test images" in refusal(tmp_path)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 import numpy as np
@@ -46,13 +47,16 @@ def _open(config: DataConfig) -> Source:
     if not path.exists():
         raise DataMissingError(path.absolute(), None, f"data.source={config.source}")
     names = None if config.class_names is None else list(config.class_names)
-    return (ImageFolder if path.is_dir() else ArrayFile)(path, config.resolution, names)
+    if path.is_dir():
+        return ImageFolder(path, config.resolution, names)
+    return ArrayFile(path, config.resolution, names)
 
 
 class Digits:
     """scikit-learn's 1797 handwritten digits, 8×8 grey; 60 % train, 10 % val and 30 % test of each class."""
 
     path = "scikit-learn's digits"
+    skipped: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, config: DataConfig) -> None:
         self.resolution = config.resolution
@@ -95,6 +99,8 @@ class Digits:
 
 class ArrayFile:
     """An .npz file in MedMNIST's layout: {train,val,test}_images uint8 (n, H, W[, C]) and _labels (n[, 1])."""
+
+    skipped: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, path: Path, resolution: int | None, class_names: list[str] | None = None) -> None:
         self.path, self.resolution = str(path), resolution
@@ -188,6 +194,7 @@ class Cifar10:
     """CIFAR-10 (Krizhevsky 2009) through torchvision, which checks the files' MD5; it has no val split."""
 
     class_names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]  # noqa: RUF012
+    skipped: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, config: DataConfig) -> None:
         from torchvision.datasets import CIFAR10

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from fedfactory_ray.data.image_folder import ImageFolder
 from fedfactory_ray.data.readers import open_source
-from fedfactory_ray.data.source import inspect
+from fedfactory_ray.data.source import inspect, told_skipped
 from fedfactory_ray.errors import DataInvalidError
 from fedfactory_ray.federation.client import Progress, train_share
 from fedfactory_ray.pipeline.gpus import modules_here
@@ -63,6 +63,8 @@ def export_modules(
     prepare_process(config.resources.client.threads, where)
     at_once = modules_here(config, info, where)
     total = sum(config.generator.steps(len(indices)) for indices in share.values())
+    if info.skipped:
+        console.print(told_skipped(source.path, info.skipped), markup=False, highlight=False, soft_wrap=True)
     numbered = ", ".join(f"{y} {info.class_names[y]}" for y in chosen)
     console.print(f"classes of {client} by number: {numbered}", markup=False, highlight=False, soft_wrap=True)
     done: dict[int, int] = {}

@@ -13,7 +13,7 @@ from fedfactory_ray.cluster.absence import gather
 from fedfactory_ray.cluster.plan import placement, refuse_unknown_places
 from fedfactory_ray.data.partition import Partition, held_elsewhere, make_partition, own_indices, still_held
 from fedfactory_ray.data.readers import open_source
-from fedfactory_ray.data.source import DataInfo, inspect
+from fedfactory_ray.data.source import DataInfo, inspect, told_skipped
 from fedfactory_ray.errors import DataInvalidError, PartitionError
 from fedfactory_ray.federation.exchange import offered_cards
 from fedfactory_ray.generation.card import ModuleCard
@@ -32,6 +32,7 @@ def survey(config: Config) -> tuple[DataInfo, Partition, list[ModuleCard]]:
     DataMissingError, DataInvalidError, PartitionError, ModuleRefusedError or ResourcesError.
     """
     info, labels = ray.get(_inspect.remote(config))
+    _tell(config.data.source, info.skipped)
     excluded = config.partition.exclude
     if config.modules is not None:
         cards = offered_cards(config.modules, info)
@@ -61,15 +62,18 @@ def _natural(config: Config, info: DataInfo) -> Partition:
         _inspect_silo.options(**placement(config, silo.name)).remote(agreed, silo.name, info): silo.name
         for silo in taking_part
     }
-    counts = {
-        (client, label): n
-        for client, found in zip(asked.values(), gather(asked, config), strict=True)
-        for label, n in enumerate(found)
-        if n
-    }
+    found = dict(zip(asked.values(), gather(asked, config), strict=True))
+    counts = {(client, label): n for client, (held, _) in found.items() for label, n in enumerate(held) if n}
+    for client, (_, skipped) in found.items():
+        _tell(client, skipped)
     partition = held_elsewhere(counts, info.classes)
     _refuse_missing("partition.silos", "silo with a training image", partition, info, excluded)
     return partition.without(still_held(partition, [entry for entry in excluded if "/" in entry]))
+
+
+def _tell(where: str, skipped: dict[str, int]) -> None:
+    if skipped:
+        log.warning("%s", told_skipped(where, skipped))
 
 
 def _refuse_missing(where: str, what: str, partition: Partition, info: DataInfo, excluded: Sequence[str]) -> None:
@@ -117,8 +121,8 @@ def _inspect(config: Config) -> tuple[DataInfo, np.ndarray]:
 
 
 @ray.remote
-def _inspect_silo(config: Config, client: str, info: DataInfo) -> list[int]:
-    """Number of training images of each class of a natural silo."""
+def _inspect_silo(config: Config, client: str, info: DataInfo) -> tuple[list[int], dict[str, int]]:
+    """Number of training images of each class of a natural silo, and of the files that were skipped, by kind."""
     source = open_source(config.data_of(client))
     found, labels = inspect(source, trains=False, tests=False)
     if not len(labels):
@@ -126,4 +130,4 @@ def _inspect_silo(config: Config, client: str, info: DataInfo) -> list[int]:
     ours, theirs = ((i.class_names, i.resolution, i.channels) for i in (found, info))
     if ours != theirs:
         raise DataInvalidError(source.path, f"classes, side and channels {ours}", f"those of the test split, {theirs}")
-    return found.counts["train"]
+    return found.counts["train"], found.skipped

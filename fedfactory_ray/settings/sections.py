@@ -24,7 +24,7 @@ class DataConfig(Section):
 
     source: str = "digits"
     """`digits`, `cifar10`, `medmnist:<flag>`, a path to an .npz in MedMNIST's layout, or to a folder with
-    train/<class>/ and test/<class>/ (val/ optional)."""
+    train/<class>/ and test/<class>/ (val/ or valid/ optional) of image files."""
     root: str = Field(default_factory=lambda: os.environ.get("FEDFACTORY_DATA", "~/.medmnist"))
     """Folder of downloaded files, on every node; default: $FEDFACTORY_DATA, else ~/.medmnist."""
     download: bool = True
