@@ -12,6 +12,7 @@ from test_image_folder import write_folder
 
 from fedfactory_ray.data.image_files import image_suffixes
 from fedfactory_ray.data.source import inspect, told_skipped
+from fedfactory_ray.errors import DataInvalidError
 
 # Hidden folders and files
 
@@ -41,6 +42,9 @@ def test_a_folder_below_a_hidden_one_is_read(tmp_path: Path) -> None:
     assert (len(labels), info.skipped) == (6, {})
 
 
+# What is transparent or turned
+
+
 def write_all(root: Path, image: Image.Image, file: str, **how: object) -> Path:
     """Two classes, an image each."""
     for split in ("train", "test"):
@@ -48,6 +52,73 @@ def write_all(root: Path, image: Image.Image, file: str, **how: object) -> Path:
             (root / split / name).mkdir(parents=True)
             image.save(root / split / name / file, **how)  # type: ignore[arg-type]
     return root
+
+
+def test_images_are_turned_upright(tmp_path: Path) -> None:
+    stored = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) * 3)
+    turned = Image.Exif()
+    turned[0x0112] = 6  # "rotate by 90 degrees, clockwise, to view"
+    for name, suffix in (("png", "0.png"), ("tif", "0.tif")):
+        images = source_at(write_all(tmp_path / name, stored, suffix, exif=turned)).images("train")
+        assert np.array_equal(images[0, :, :, 0], np.rot90(np.asarray(stored), -1)), name
+    wide = write_all(tmp_path / "wide", Image.new("L", (16, 8)), "0.jpg", exif=turned)
+    assert source_at(wide, resolution=8).images("test").shape == (2, 8, 8, 1)
+
+
+def transparent(mode: str) -> Image.Image:
+    """Left half opaque grey 100, right half transparent over garbage."""
+    alpha = np.zeros((8, 8), np.uint8)
+    alpha[:, :4] = 255
+    grey = np.full((8, 8), 100, np.uint8)
+    grey[:, 4:] = 7
+    if mode == "P":
+        image = Image.fromarray((grey == 7).astype(np.uint8)).convert("P")
+        image.putpalette([100] * 3 + [7] * 3 + [0] * 762)
+        return image
+    layers = [grey] * (3 if mode == "RGBA" else 1)
+    return Image.merge(mode, [Image.fromarray(layer) for layer in (*layers, alpha)])
+
+
+@pytest.mark.parametrize(("mode", "channels"), [("RGBA", 3), ("LA", 1), ("P", 3)])
+def test_what_is_transparent_shows_the_background(tmp_path: Path, mode: str, channels: int) -> None:
+    how = {"transparency": 1} if mode == "P" else {}
+    write_all(tmp_path, transparent(mode), "0.png", **how)
+    info, _ = inspect(source_at(tmp_path))
+    images = source_at(tmp_path).images("train")
+    assert (info.channels, images.shape[3]) == (channels, channels)
+    assert (images[:, :, :4] == 100).all()
+    assert (images[:, :, 4:] == 255).all()
+    black = source_at(tmp_path, background="#000000").images("train")
+    assert (black[:, :, 4:] == 0).all()
+    red = source_at(tmp_path, background="red").images("train")
+    assert (red[:, :, 4:] == (255, 0, 0)).all()
+    assert (red[:, :, :4] == 100).all()
+
+
+def test_a_background_that_is_no_colour_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"background 'wihte'.*#rrggbb"):
+        source_at(tmp_path, background="wihte")
+
+
+def test_damaged_orientation_is_read_or_refused_by_name(tmp_path: Path) -> None:
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    write_all(tmp_path, Image.new("L", (8, 8), 9), "0.jpg", exif=turned)
+    file = tmp_path / "train" / "cat" / "0.jpg"
+    content = file.read_bytes()
+    start, crashed = content.index(b"Exif"), []
+    for place in range(start, start + 32):
+        for bits in (0x15, 0xFF):
+            spoilt = bytearray(content)
+            spoilt[place] ^= bits
+            file.write_bytes(spoilt)
+            try:
+                source_at(tmp_path).images("train")
+            except DataInvalidError as error:
+                assert str(file) in str(error)
+            except Exception as error:  # noqa: BLE001
+                crashed.append((place - start, repr(error)[:80]))
+    assert not crashed
 
 
 # Kinds of files

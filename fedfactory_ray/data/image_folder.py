@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from fedfactory_ray.data.image_files import hidden, image_files
 from fedfactory_ray.data.source import Split
@@ -25,11 +25,15 @@ DAMAGES = (OSError, SyntaxError, ValueError, struct.error)
 class ImageFolder:
     """A folder with train/<class>/ and test/<class>/ (val/ optional) of image files, of any kind that Pillow reads.
 
-    Hidden folders and files are skipped, and those of other kinds; `skipped` tells of them.
+    Hidden folders and files are skipped, and those of other kinds; `skipped` tells of them. Images are turned as their
+    EXIF orientation says, and transparent ones are composited on the colour `background`.
     """
 
-    def __init__(self, path: Path, resolution: int | None, class_names: list[str] | None = None) -> None:
+    def __init__(
+        self, path: Path, resolution: int | None, class_names: list[str] | None = None, background: str = "white"
+    ) -> None:
         self.path, self.resolution = str(path), resolution
+        self.background = ImageColor.getrgb(background)[:3]
         self._splits: dict[Split, Path] = {}
         for split, names in FOLDERS.items():
             there = [name for name in names if (path / name).is_dir()]
@@ -91,12 +95,14 @@ class ImageFolder:
     def _mode(self) -> str:
         """`L` where all images are grey, else `RGB`; reads every file's header, and so finds those that are none."""
         modes, shapes = set(), set()
+        grey_background = len(set(self.background)) == 1
         for files in self._files.values():
             for file, _ in files:
                 with self._open(file) as image:
                     if image.mode.startswith(("I", "F")):
                         raise DataInvalidError(file, f"pixels of mode {image.mode}", "8 bits a channel")
-                    modes.add("L" if image.mode in ("1", "L") else "RGB")
+                    grey = image.mode in ("1", "L", "LA") and (grey_background or not image.has_transparency_data)
+                    modes.add("L" if grey else "RGB")
                     shapes.add(image.size)
         if self.resolution is None and len(shapes) > 1:
             raise DataInvalidError(
@@ -117,11 +123,19 @@ class ImageFolder:
         for i in range(len(files)) if indices is None else indices:
             with self._open(files[i][0]) as image:
                 try:
-                    pixels = image.convert(self._mode)
+                    pixels = self._seen(image)
                 except DAMAGES as error:
                     raise DataInvalidError(files[i][0], f"a broken image ({error})", "an intact image file") from error
             rows.append(np.atleast_3d(np.asarray(resize(pixels, self.resolution) if self.resolution else pixels)))
         return np.stack(rows) if rows else np.empty((0, *self.image_shape()), np.uint8)
+
+    def _seen(self, image: Image.Image) -> Image.Image:
+        """The image as a person sees it: turned upright, and what is transparent shows the background."""
+        image = ImageOps.exif_transpose(image)
+        if image.has_transparency_data:
+            ground = Image.new("RGBA", image.size, (*self.background, 255))
+            image = Image.alpha_composite(ground, image.convert("RGBA"))
+        return image.convert(self._mode)
 
     def image_shape(self) -> tuple[int, int, int]:
         """See Source."""

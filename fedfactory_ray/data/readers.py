@@ -48,7 +48,7 @@ def _open(config: DataConfig) -> Source:
         raise DataMissingError(path.absolute(), None, f"data.source={config.source}")
     names = None if config.class_names is None else list(config.class_names)
     if path.is_dir():
-        return ImageFolder(path, config.resolution, names)
+        return ImageFolder(path, config.resolution, names, config.background)
     return ArrayFile(path, config.resolution, names)
 
 

@@ -144,6 +144,8 @@ class Config(BaseSettings):
         tree = self.model_dump(mode="json", exclude={"name", "storage", "tracking", "resources", *chosen})
         # Class names determine which images a class has, and these count by their bytes.
         del tree["data"]["root"], tree["data"]["download"], tree["data"]["class_names"]
+        if self.data.background == DataConfig().background:
+            del tree["data"]["background"]  # earlier runs have none
         if not self.partition.exclude:
             del tree["partition"]["exclude"]
         for silo in tree["partition"]["silos"]:

@@ -33,6 +33,8 @@ class DataConfig(Section):
     """Which MedMNIST file to read: the pixels of an image's side."""
     resolution: int | None = Field(None, ge=4)
     """Side in pixels that train, synthesis and test share; default: as stored."""
+    background: str = "white"
+    """What transparent pixels of image files show: a colour's name, or #rrggbb."""
     class_names: tuple[str, ...] | None = None
     """Names of all classes, in order: a folder may hold only some of them. Default: as the source tells, the names of a
     folder's subfolders in order, the numbers of an .npz."""
@@ -43,6 +45,17 @@ class DataConfig(Section):
         if self.resolution is not None:
             return self.resolution
         return self.size if self.source.startswith("medmnist:") else NATIVE_RESOLUTION.get(self.source)
+
+    @field_validator("background")
+    @classmethod
+    def _is_a_colour(cls, background: str) -> str:
+        from PIL import ImageColor
+
+        try:
+            ImageColor.getrgb(background)
+        except ValueError as error:
+            raise ValueError(f"background {background!r}: needed a colour's name, such as white, or #rrggbb") from error
+        return background
 
     @field_validator("class_names")
     @classmethod
