@@ -6,9 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from opened_sources import refusal, source_at
+from opened_sources import refusal, source_at, write_folder
 from PIL import Image
-from test_image_folder import write_folder
 
 from fedfactory_ray.data.image_files import image_suffixes
 from fedfactory_ray.data.source import inspect, told_skipped

@@ -6,28 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from opened_sources import refusal, source_at
+from opened_sources import refusal, source_at, write_folder
 from PIL import Image
 
 from fedfactory_ray.data.image_folder import ImageFolder
 from fedfactory_ray.data.source import inspect
 from fedfactory_ray.data.transforms import resize_batch
 from fedfactory_ray.errors import DataInvalidError
-
-
-def write_folder(
-    root: Path, *, mode: str = "L", side: int = 8, n: int = 3, splits: tuple[str, ...] = ("train", "test")
-) -> Path:
-    """Class y's images have the value 60 y + 10 i; in RGB that is the first channel."""
-    for split in splits:
-        for y, name in enumerate(("cat", "dog")):
-            (root / split / name).mkdir(parents=True)
-            for i in range(n):
-                value = 60 * y + 10 * i
-                Image.new(mode, (side, side), value if mode == "L" else (value, 1, 2)).save(
-                    root / split / name / f"{i}.png"
-                )
-    return root
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])

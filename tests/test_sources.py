@@ -256,9 +256,9 @@ def images_like(split: str, **changes: object) -> dict[str, np.ndarray]:
         ({"train_labels": np.zeros((120, 2), np.int64)}, "train_labels int64 (120, 2)"),
         ({"train_labels": np.arange(120) % 3 / 2}, "train_labels float64 (120,)"),
         ({"test_labels": np.zeros((0, 1), np.int64), "test_images": np.zeros((0, 8, 8, 1), np.uint8)}, "no test"),
-        ({"train_images": np.array([None] * 120)}, "train_images as object objects"),
-        ({"train_labels": np.array([0, 1, 2] * 40, dtype=object)}, "train_labels as object objects"),
-        ({"train_images": np.asfortranarray(np.zeros((120, 8, 8, 1), np.uint8))}, "train_images as uint8"),
+        ({"train_images": np.array([None] * 120)}, "train_images as object"),
+        ({"train_labels": np.array([0, 1, 2] * 40, dtype=object)}, "train_labels as object"),
+        ({"train_images": np.asfortranarray(np.zeros((120, 8, 8, 1), np.uint8))}, "train_images in Fortran order"),
     ],
 )
 def test_unusable_arrays_are_refused_with_what_was_found(

@@ -18,8 +18,8 @@ from fedfactory_ray.errors import DataInvalidError
 FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 """A split and the names that its folder may have."""
 LAYOUT = "train/<class>/ and test/<class>/ (val/<class>/ optional) with images, a folder a class"
-DAMAGES = (OSError, SyntaxError, ValueError, struct.error)
-"""What Pillow raises on damaged files."""
+DAMAGES = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+"""What Pillow raises on damaged and on enormous files."""
 
 
 class ImageFolder:
@@ -89,7 +89,8 @@ class ImageFolder:
         try:
             return Image.open(file)
         except (UnidentifiedImageError, *DAMAGES) as error:
-            raise DataInvalidError(file, f"not a readable image ({error})", "an intact image file") from error
+            most = f" of at most {2 * Image.MAX_IMAGE_PIXELS} pixels" if Image.MAX_IMAGE_PIXELS else ""
+            raise DataInvalidError(file, f"not a readable image ({error})", f"an intact image file{most}") from error
 
     @cached_property
     def _mode(self) -> str:

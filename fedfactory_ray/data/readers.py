@@ -22,6 +22,7 @@ from fedfactory_ray.seeds import random_state
 from fedfactory_ray.settings.sections import DataConfig
 
 CHUNK_BYTES = 2**24
+NAMED = "train_images, train_labels, test_images and test_labels: np.savez(file, train_images=x_train, …)"
 
 
 def open_source(config: DataConfig) -> Source:
@@ -118,6 +119,8 @@ class ArrayFile:
                 there = {name.removesuffix(".npy") for name in archive.namelist()}
                 if key not in there:
                     split = key.partition("_")[0]
+                    if not any(name.endswith(("_images", "_labels")) for name in there):
+                        raise DataInvalidError(self.path, f"arrays {', '.join(sorted(there))}", NAMED)
                     if not there & {f"{split}_images", f"{split}_labels"}:
                         yield io.BytesIO(), (0,), np.dtype(np.uint8)
                         return
@@ -126,9 +129,11 @@ class ArrayFile:
                     version = np.lib.format.read_magic(member)
                     read = np.lib.format.read_array_header_1_0
                     shape, fortran, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(member)
-                    if fortran or dtype.hasobject or not shape:
-                        found = f"{key} as {dtype} objects or in Fortran order"
-                        raise DataInvalidError(self.path, found, "a plain C-ordered array")
+                    if fortran and len(shape) > 1:
+                        needed = f"C order: np.ascontiguousarray({key}) before it is saved"
+                        raise DataInvalidError(self.path, f"{key} in Fortran order", needed)
+                    if dtype.hasobject or not shape:
+                        raise DataInvalidError(self.path, f"{key} as {dtype} {shape}", "numbers, a row an image")
                     yield member, shape, dtype
         except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
             raise DataInvalidError(self.path, f"a corrupt file ({key}: {error})", "an intact .npz file") from error
@@ -184,8 +189,10 @@ class ArrayFile:
                     raise DataInvalidError(self.path, found, "uint8 (n, H, W[, C])")
                 if n:
                     shapes.add((*shape[1:3], shape[3] if len(shape) == 4 else 1))
-        if len(shapes) != 1:
-            raise DataInvalidError(self.path, f"images of mixed shapes {sorted(shapes)}", "one shape in all splits")
+        alike = {channels for _, _, channels in shapes} if self.resolution else shapes
+        if len(alike) != 1:
+            needed = "one shape in all splits, or data.resolution to resize them; grey or RGB in all"
+            raise DataInvalidError(self.path, f"images of mixed shapes {sorted(shapes)}", needed)
         height, width, channels = shapes.pop()
         return (self.resolution or height, self.resolution or width, channels)
 

@@ -103,12 +103,14 @@ def inspect(source: Source, *, trains: bool = True, tests: bool = True) -> tuple
             raise DataInvalidError(source.path, found, f"images of a train and a test split: {needs}")
     empty = [name for name, n in zip(source.class_names, counts["train"], strict=True) if n == 0]
     if trains and empty:
-        found = f"no training image of class {', '.join(empty)}"
-        found = told_skipped(found, skipped) if skipped else found
-        raise DataInvalidError(source.path, found, "images of every class")
+        found, wanted = f"no training image of class {', '.join(empty[:5])}", "images of every class"
+        if len(empty) > 5:
+            found += f" and {len(empty) - 5} more"
+            wanted += f"; is label {source.labels('train').max()} a mark of images without a class?"
+        raise DataInvalidError(source.path, told_skipped(found, skipped) if skipped else found, wanted)
     height, width, channels = source.image_shape()
     if height != width or channels not in (1, 3):
-        raise DataInvalidError(
-            source.path, f"images of {height}×{width} with {channels} channels", "square images, grey or RGB"
-        )
+        mend = "; data.resolution cuts their centre square" if channels in (1, 3) else ""
+        found = f"images of {height}×{width} with {channels} channels"
+        raise DataInvalidError(source.path, found, f"square images, grey or RGB{mend}")
     return DataInfo(source.class_names, height, channels, counts, skipped), source.labels("train")

@@ -16,6 +16,7 @@ from fedfactory_ray.errors import DataInvalidError
 from fedfactory_ray.federation.client import Progress, train_share
 from fedfactory_ray.pipeline.gpus import modules_here
 from fedfactory_ray.pipeline.session import claim
+from fedfactory_ray.pipeline.survey import refuse_resolution
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import MODULES
@@ -48,7 +49,7 @@ def export_modules(
         found = f"one class, {source.class_names[0]}: which number it has for others cannot be told"
         raise DataInvalidError(source.path, found, "--class-names with all classes of the data set, in order")
     info, labels = inspect(source, trains=False, tests=False)
-    config.generator.check_resolution(info.resolution)
+    refuse_resolution(config, info)
     held = [y for y, n in enumerate(info.counts["train"]) if n]
     chosen = list(classes or held)
     if not set(chosen) <= set(held):

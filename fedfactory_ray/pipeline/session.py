@@ -100,7 +100,6 @@ def open_session(
             connect()
             plan = make_plan(config.resources)
             info, partition, cards = survey(config)
-            config.generator.check_resolution(info.resolution)
             if draws:
                 check_validation(config, partition)
             claim(config.determining() | ({"modules": set_sha256(cards)} if cards else {}), storage)

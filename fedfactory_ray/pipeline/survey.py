@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -11,16 +12,19 @@ import ray
 
 from fedfactory_ray.cluster.absence import gather
 from fedfactory_ray.cluster.plan import placement, refuse_unknown_places
+from fedfactory_ray.data.image_folder import ImageFolder
 from fedfactory_ray.data.partition import Partition, held_elsewhere, make_partition, own_indices, still_held
 from fedfactory_ray.data.readers import open_source
-from fedfactory_ray.data.source import DataInfo, inspect, told_skipped
-from fedfactory_ray.errors import DataInvalidError, PartitionError
+from fedfactory_ray.data.source import DataInfo, Source, Split, inspect, told_skipped
+from fedfactory_ray.errors import ConfigError, DataInvalidError, PartitionError
 from fedfactory_ray.federation.exchange import offered_cards
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.artefact import fingerprint
 
 log = logging.getLogger(__name__)
+DECODE_SECONDS = 60.0
+"""Longest that the files which only the end of a run reads are tried."""
 READ_AT_ONCE = 2**29
 """Bytes of images that one task reads to tell their fingerprints."""
 
@@ -31,7 +35,10 @@ def survey(config: Config) -> tuple[DataInfo, Partition, list[ModuleCard]]:
     Every source is read where it lies: by any node, or by the nodes that may read a natural silo. Raises
     DataMissingError, DataInvalidError, PartitionError, ModuleRefusedError or ResourcesError.
     """
-    info, labels = ray.get(_inspect.remote(config))
+    info, labels, untried = ray.get(_inspect.remote(config))
+    refuse_resolution(config, info)
+    if untried:
+        log.warning("%s: %d val and test images were not tried, for lack of time", config.data.source, untried)
     _tell(config.data.source, info.skipped)
     excluded = config.partition.exclude
     if config.modules is not None:
@@ -115,9 +122,34 @@ def _read_images(
     return {(client, label): fingerprint(own) for (client, label, _), own in zip(shares, images, strict=True)}
 
 
+def refuse_resolution(config: Config, info: DataInfo) -> None:
+    """Raise ConfigError for images whose side the generator's network cannot halve."""
+    try:
+        config.generator.check_resolution(info.resolution)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+
+
+def check_files(source: Source, seconds: float = DECODE_SECONDS) -> int:
+    """Decode a folder's validation and test images, which nothing else does before everything is trained; returns how
+    many of them had to wait because `seconds` were over. Raises DataInvalidError."""
+    if not isinstance(source, ImageFolder):
+        return 0
+    began = time.monotonic()
+    splits: tuple[Split, ...] = ("val", "test")
+    files = [(split, i) for split in splits for i in range(len(source.labels(split)))]
+    for tried, (split, i) in enumerate(files):
+        if time.monotonic() - began >= seconds:
+            return len(files) - tried
+        source.images(split, np.array([i]))
+    return 0
+
+
 @ray.remote
-def _inspect(config: Config) -> tuple[DataInfo, np.ndarray]:
-    return inspect(open_source(config.data), trains=not config.apart)
+def _inspect(config: Config) -> tuple[DataInfo, np.ndarray, int]:
+    """Facts, training labels, and how many images were not tried."""
+    source = open_source(config.data)
+    return *inspect(source, trains=not config.apart), check_files(source)
 
 
 @ray.remote
