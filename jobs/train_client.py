@@ -14,7 +14,7 @@ import sys
 
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.settings.command_line import exit_status, job_console, parse
-from fedfactory_ray.settings.sections import NAME, PartitionConfig
+from fedfactory_ray.settings.sections import NAME, DataConfig, PartitionConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--class-names",
         nargs="+",
-        help="all classes of the data set, in order: for an image folder that holds only some of them",
+        help="data.class_names: all classes of the data set, in order, where an image folder holds only some of them",
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="where to train (default: cuda where there is one)")
 
@@ -36,7 +36,8 @@ def main() -> None:
     config, options = parse(description=__doc__ or "", add_arguments=add_arguments)
     if not re.fullmatch(NAME, options.client):
         raise ConfigError([f"--client {options.client!r}: needed letters, digits and ._- (it names a folder)"])
-    data = config.data.model_copy(update={"source": options.data})
+    names = {"class_names": options.class_names} if options.class_names else {}
+    data = DataConfig.model_validate(config.data.model_dump() | {"source": options.data} | names)
     config = config.model_copy(update={"data": data, "partition": PartitionConfig(), "modules": None})
     from fedfactory_ray.pipeline.export import export_modules
 
@@ -46,7 +47,6 @@ def main() -> None:
         options.out,
         job_console(),
         classes=options.classes,
-        class_names=options.class_names,
         device=options.device,
     )
 

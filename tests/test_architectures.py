@@ -124,7 +124,7 @@ def test_the_ensemble_is_one_model_for_uint8_images_of_any_number(both: Both, da
     mlflow.set_tracking_uri(both.finished.config.tracking.uri)
     uri = both.finished.report.models["ensemble"]
     model, arrays = mlflow.pyfunc.load_model(uri), np.load(data)
-    probabilities = model.predict(arrays["test_images"])
+    probabilities = model.predict(arrays["test_images"]).to_numpy()
     assert probabilities.dtype == np.float32
     np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
     accuracy = (probabilities.argmax(1) == arrays["test_labels"].ravel()).mean()

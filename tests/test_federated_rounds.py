@@ -284,6 +284,7 @@ def test_natural_silos_are_read_where_they_lie(here: Starts, data: Path, tmp_pat
         silos.append({"name": name, "source": str(file), "labels": {"site": name}})
     tree = config(data, rounds=2, client_fraction=1.0).model_dump(mode="json")
     natural = Config.model_validate(tree | {"partition": {"scheme": "natural", "silos": silos}})
+    natural = natural.with_class_names("012")
     shares = {name: {y: np.flatnonzero(labels == y) for y in sorted(set(labels[kept]))} for name, kept in mine.items()}
     counts = {(name, y): len(indices) for name, share in shares.items() for y, indices in share.items()}
     found = {}

@@ -6,28 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from opened_sources import refusal, source_at
+from opened_sources import refusal, source_at, write_folder
 from PIL import Image
 
 from fedfactory_ray.data.image_folder import ImageFolder
 from fedfactory_ray.data.source import inspect
 from fedfactory_ray.data.transforms import resize_batch
 from fedfactory_ray.errors import DataInvalidError
-
-
-def write_folder(
-    root: Path, *, mode: str = "L", side: int = 8, n: int = 3, splits: tuple[str, ...] = ("train", "test")
-) -> Path:
-    """Class y's images have the value 60 y + 10 i; in RGB that is the first channel."""
-    for split in splits:
-        for y, name in enumerate(("cat", "dog")):
-            (root / split / name).mkdir(parents=True)
-            for i in range(n):
-                value = 60 * y + 10 * i
-                Image.new(mode, (side, side), value if mode == "L" else (value, 1, 2)).save(
-                    root / split / name / f"{i}.png"
-                )
-    return root
 
 
 @pytest.mark.parametrize(("mode", "channels"), [("L", 1), ("RGB", 3)])
@@ -150,9 +135,10 @@ def test_a_class_without_training_images_is_refused_by_name(tmp_path: Path) -> N
 
 
 def test_folders_without_splits_or_classes_are_refused(tmp_path: Path) -> None:
-    assert "subfolders train and test" in refusal(tmp_path)
+    assert "no train/, no val/, no test/" in refusal(tmp_path)
     (tmp_path / "train").mkdir()
-    assert "one folder a class" in refusal(tmp_path)
-    (tmp_path / "train" / "cat").mkdir()
-    Image.new("L", (8, 8)).save(tmp_path / "train" / "cat" / "1.png")
+    assert "train/ with 0 class folders" in refusal(tmp_path)
+    for name in ("cat", "dog"):
+        (tmp_path / "train" / name).mkdir()
+        Image.new("L", (8, 8)).save(tmp_path / "train" / name / "1.png")
     assert "no test images" in refusal(tmp_path)

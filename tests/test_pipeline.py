@@ -113,7 +113,7 @@ def test_the_logged_model_predicts_uint8_images_of_any_number(finished: Finished
     mlflow.set_tracking_uri(finished.config.tracking.uri)
     model = mlflow.pyfunc.load_model(finished.report.models["classifier"])
     arrays = np.load(data)
-    probabilities = model.predict(arrays["test_images"])
+    probabilities = model.predict(arrays["test_images"]).to_numpy()
     assert probabilities.shape == (60, 3)
     np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
     accuracy = (probabilities.argmax(1) == arrays["test_labels"].ravel()).mean()

@@ -256,9 +256,9 @@ def images_like(split: str, **changes: object) -> dict[str, np.ndarray]:
         ({"train_labels": np.zeros((120, 2), np.int64)}, "train_labels int64 (120, 2)"),
         ({"train_labels": np.arange(120) % 3 / 2}, "train_labels float64 (120,)"),
         ({"test_labels": np.zeros((0, 1), np.int64), "test_images": np.zeros((0, 8, 8, 1), np.uint8)}, "no test"),
-        ({"train_images": np.array([None] * 120)}, "train_images as object objects"),
-        ({"train_labels": np.array([0, 1, 2] * 40, dtype=object)}, "train_labels as object objects"),
-        ({"train_images": np.asfortranarray(np.zeros((120, 8, 8, 1), np.uint8))}, "train_images as uint8"),
+        ({"train_images": np.array([None] * 120)}, "train_images as object"),
+        ({"train_labels": np.array([0, 1, 2] * 40, dtype=object)}, "train_labels as object"),
+        ({"train_images": np.asfortranarray(np.zeros((120, 8, 8, 1), np.uint8))}, "train_images in Fortran order"),
     ],
 )
 def test_unusable_arrays_are_refused_with_what_was_found(
@@ -387,13 +387,13 @@ def test_cifar10_batches_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 def test_a_folder_with_some_of_the_classes_keeps_their_numbers(tmp_path: Path) -> None:
     (tmp_path / "train" / "dog").mkdir(parents=True)
     Image.new("L", (8, 8), 9).save(tmp_path / "train" / "dog" / "1.png")
-    source = open_source(DataConfig(source=str(tmp_path)), ["cat", "dog", "eel"])
+    source = open_source(DataConfig(source=str(tmp_path), class_names=("cat", "dog", "eel")))
     info, labels = inspect(source, trains=False, tests=False)
     assert info.counts["train"] == [0, 1, 0]
     assert labels.tolist() == [1]
     assert source.images("train").shape == (1, 8, 8, 1)
     with pytest.raises(DataInvalidError, match="folders \\['dog'\\]"):
-        inspect(open_source(DataConfig(source=str(tmp_path)), ["cat", "eel"]))
+        inspect(open_source(DataConfig(source=str(tmp_path), class_names=("cat", "eel"))))
 
 
 def test_a_file_with_a_test_split_alone_is_enough_to_test_on(tmp_path: Path) -> None:

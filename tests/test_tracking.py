@@ -37,7 +37,7 @@ def uri(ensemble: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # where artifacts go
         run = start_run(make_config(overrides=["--tracking.uri", f"sqlite:///{folder}/mlflow.db"]), "served", "here")
-        found = run.model("ensemble", ensemble, draw_images(1), {"experts": 2})
+        found = run.model("ensemble", ensemble, draw_images(1), ["a", "b", "[c]"], {"experts": 2})
         run.end()
     return found
 
@@ -49,7 +49,9 @@ def draw_images(n: int) -> np.ndarray:
 @pytest.mark.parametrize("n", [1, 2 * BATCH_SIZE + 3])
 def test_any_number_of_images_is_classified_as_by_the_network(ensemble: nn.Module, uri: str, n: int) -> None:
     images = draw_images(n)
-    found = mlflow.pyfunc.load_model(uri).predict(images)
+    table = mlflow.pyfunc.load_model(uri).predict(images)
+    assert list(table.columns) == mlflow.models.get_model_info(uri).signature.outputs.input_names() == ["a", "b", "[c]"]
+    found = table.to_numpy()
     with torch.inference_mode():
         expected = ensemble(torch.from_numpy(images)).numpy()
     assert found.dtype == np.float32

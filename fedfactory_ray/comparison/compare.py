@@ -90,6 +90,7 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
     """The comparison on the config's seed, logged as one MLflow run with a child for each method."""
     draws = FACTORY in methods or FACTORY_II in methods
     with open_session(config, console, draws=draws) as session, ExitStack() as ending:
+        config = session.config
         console.print(partition_table(session.partition, session.info))
         folders: dict[str, str] = {}
         lines: dict[str, MethodLine] = {}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 import numpy as np
@@ -21,13 +22,22 @@ from fedfactory_ray.seeds import random_state
 from fedfactory_ray.settings.sections import DataConfig
 
 CHUNK_BYTES = 2**24
+NAMED = "train_images, train_labels, test_images and test_labels: np.savez(file, train_images=x_train, …)"
 
 
-def open_source(config: DataConfig, class_names: list[str] | None = None) -> Source:
-    """The source that `config` names, whose classes are `class_names` where the whole data set's are known.
+def open_source(config: DataConfig) -> Source:
+    """The source that `config` names, its classes numbered by `config.class_names` where these are known.
 
     Raises DataMissingError or DataInvalidError.
     """
+    source, names = _open(config), config.class_names
+    if names is not None and list(names) != source.class_names:
+        found = f"data.class_names {', '.join(names)}"
+        raise DataInvalidError(source.path, found, f"its own, {source.class_names}: leave data.class_names out")
+    return source
+
+
+def _open(config: DataConfig) -> Source:
     if config.source == "digits":
         return Digits(config)
     if config.source == "cifar10":
@@ -37,13 +47,17 @@ def open_source(config: DataConfig, class_names: list[str] | None = None) -> Sou
     path = Path(config.source).expanduser()
     if not path.exists():
         raise DataMissingError(path.absolute(), None, f"data.source={config.source}")
-    return (ImageFolder if path.is_dir() else ArrayFile)(path, config.resolution, class_names)
+    names = None if config.class_names is None else list(config.class_names)
+    if path.is_dir():
+        return ImageFolder(path, config.resolution, names, config.background)
+    return ArrayFile(path, config.resolution, names)
 
 
 class Digits:
     """scikit-learn's 1797 handwritten digits, 8×8 grey; 60 % train, 10 % val and 30 % test of each class."""
 
     path = "scikit-learn's digits"
+    skipped: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, config: DataConfig) -> None:
         self.resolution = config.resolution
@@ -87,6 +101,8 @@ class Digits:
 class ArrayFile:
     """An .npz file in MedMNIST's layout: {train,val,test}_images uint8 (n, H, W[, C]) and _labels (n[, 1])."""
 
+    skipped: Mapping[str, int] = MappingProxyType({})
+
     def __init__(self, path: Path, resolution: int | None, class_names: list[str] | None = None) -> None:
         self.path, self.resolution = str(path), resolution
         if class_names is None:
@@ -103,6 +119,8 @@ class ArrayFile:
                 there = {name.removesuffix(".npy") for name in archive.namelist()}
                 if key not in there:
                     split = key.partition("_")[0]
+                    if not any(name.endswith(("_images", "_labels")) for name in there):
+                        raise DataInvalidError(self.path, f"arrays {', '.join(sorted(there))}", NAMED)
                     if not there & {f"{split}_images", f"{split}_labels"}:
                         yield io.BytesIO(), (0,), np.dtype(np.uint8)
                         return
@@ -111,9 +129,11 @@ class ArrayFile:
                     version = np.lib.format.read_magic(member)
                     read = np.lib.format.read_array_header_1_0
                     shape, fortran, dtype = (read if version == (1, 0) else np.lib.format.read_array_header_2_0)(member)
-                    if fortran or dtype.hasobject or not shape:
-                        found = f"{key} as {dtype} objects or in Fortran order"
-                        raise DataInvalidError(self.path, found, "a plain C-ordered array")
+                    if fortran and len(shape) > 1:
+                        needed = f"C order: np.ascontiguousarray({key}) before it is saved"
+                        raise DataInvalidError(self.path, f"{key} in Fortran order", needed)
+                    if dtype.hasobject or not shape:
+                        raise DataInvalidError(self.path, f"{key} as {dtype} {shape}", "numbers, a row an image")
                     yield member, shape, dtype
         except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
             raise DataInvalidError(self.path, f"a corrupt file ({key}: {error})", "an intact .npz file") from error
@@ -169,8 +189,10 @@ class ArrayFile:
                     raise DataInvalidError(self.path, found, "uint8 (n, H, W[, C])")
                 if n:
                     shapes.add((*shape[1:3], shape[3] if len(shape) == 4 else 1))
-        if len(shapes) != 1:
-            raise DataInvalidError(self.path, f"images of mixed shapes {sorted(shapes)}", "one shape in all splits")
+        alike = {channels for _, _, channels in shapes} if self.resolution else shapes
+        if len(alike) != 1:
+            needed = "one shape in all splits, or data.resolution to resize them; grey or RGB in all"
+            raise DataInvalidError(self.path, f"images of mixed shapes {sorted(shapes)}", needed)
         height, width, channels = shapes.pop()
         return (self.resolution or height, self.resolution or width, channels)
 
@@ -179,6 +201,7 @@ class Cifar10:
     """CIFAR-10 (Krizhevsky 2009) through torchvision, which checks the files' MD5; it has no val split."""
 
     class_names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]  # noqa: RUF012
+    skipped: Mapping[str, int] = MappingProxyType({})
 
     def __init__(self, config: DataConfig) -> None:
         from torchvision.datasets import CIFAR10

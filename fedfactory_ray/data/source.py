@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -17,6 +18,10 @@ class Source(Protocol):
 
     path: str
     class_names: list[str]
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """How many files and folders were passed over, by their kind."""
 
     def labels(self, split: Split) -> np.ndarray:
         """Labels of a split, int64 (n,); empty where there is no such split."""
@@ -44,12 +49,14 @@ class Task:
 
 @dataclass(frozen=True)
 class DataInfo:
-    """What everybody may know of a data set: no image, only names, shape and labels' counts."""
+    """What everybody may know of a data set: no image, only names, shape and counts, of labels in each split and of
+    files that were skipped, by kind."""
 
     class_names: list[str]
     resolution: int
     channels: int
     counts: dict[str, list[int]]
+    skipped: dict[str, int] = field(default_factory=dict)
 
     @property
     def classes(self) -> int:
@@ -60,6 +67,11 @@ class DataInfo:
     def task(self) -> Task:
         """What a classifier of these images is made for."""
         return Task(self.classes, self.channels, self.resolution)
+
+
+def told_skipped(where: str, skipped: Mapping[str, int]) -> str:
+    """A line on what was passed over."""
+    return f"{where}: skipped " + ", ".join(f"{n} {kind}" for kind, n in skipped.items())
 
 
 def inspect(source: Source, *, trains: bool = True, tests: bool = True) -> tuple[DataInfo, np.ndarray]:
@@ -80,15 +92,25 @@ def inspect(source: Source, *, trains: bool = True, tests: bool = True) -> tuple
                 f"labels from 0 to {classes - 1}",
             )
         counts[split] = np.bincount(labels, minlength=classes).tolist()
+    skipped, needs = dict(source.skipped), "train/<class>/ and test/<class>/, or an .npz with both splits"
+    if (trains or tests) and classes < 2:
+        found = f"one class, {', '.join(source.class_names)}"
+        raise DataInvalidError(source.path, found, "two classes or more; data.class_names tells those not held here")
     for split, needed in (("train", trains), ("test", tests)):
         if needed and not sum(counts[split]):
-            raise DataInvalidError(source.path, f"no {split} images", "a train and a test split")
+            held = ", ".join(f"{name} {sum(n)}" for name, n in counts.items())
+            found = told_skipped(f"no {split} images: {held}", skipped) if skipped else f"no {split} images: {held}"
+            raise DataInvalidError(source.path, found, f"images of a train and a test split: {needs}")
     empty = [name for name, n in zip(source.class_names, counts["train"], strict=True) if n == 0]
     if trains and empty:
-        raise DataInvalidError(source.path, f"no training image of class {', '.join(empty)}", "images of every class")
+        found, wanted = f"no training image of class {', '.join(empty[:5])}", "images of every class"
+        if len(empty) > 5:
+            found += f" and {len(empty) - 5} more"
+            wanted += f"; is label {source.labels('train').max()} a mark of images without a class?"
+        raise DataInvalidError(source.path, told_skipped(found, skipped) if skipped else found, wanted)
     height, width, channels = source.image_shape()
     if height != width or channels not in (1, 3):
-        raise DataInvalidError(
-            source.path, f"images of {height}×{width} with {channels} channels", "square images, grey or RGB"
-        )
-    return DataInfo(source.class_names, height, channels, counts), source.labels("train")
+        mend = "; data.resolution cuts their centre square" if channels in (1, 3) else ""
+        found = f"images of {height}×{width} with {channels} channels"
+        raise DataInvalidError(source.path, found, f"square images, grey or RGB{mend}")
+    return DataInfo(source.class_names, height, channels, counts, skipped), source.labels("train")

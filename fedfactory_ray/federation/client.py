@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -201,7 +201,11 @@ def _train_here(
     )
     checkpoints = Checkpoints(storage, checkpoints_folder(folder), fingerprint(made_of, device.type))
     there = find(storage, ModuleCard, folder, made_of)
+    class_name = source.class_names[label]
     if there is not None:
+        if there.class_name != class_name:  # the folder's name changed, or an earlier version noted none
+            there = replace(there, class_name=class_name)
+            keep(storage, there)
         checkpoints.delete()  # of a process that was killed at its very end
         yield there, storage.read(f"{folder}/{WEIGHTS}"), 0.0
         return
@@ -239,6 +243,7 @@ def _train_here(
         generator=generator.model_dump(mode="json"),
         size=len(weights),
         canary=made_by,
+        class_name=class_name,
         fingerprint=made_of,
         files={WEIGHTS: storage.write(f"{folder}/{WEIGHTS}", weights)},
     )

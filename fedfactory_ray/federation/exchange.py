@@ -46,6 +46,11 @@ def _read_card(storage: Storage, client: str, label: int, info: DataInfo) -> Mod
         )
     if not 0 <= label < info.classes:
         raise refuse(f"class {label}, the data set has {info.classes}")
+    if card.class_name not in ("", info.class_names[label]):
+        raise refuse(
+            f"its class {label} is {card.class_name!r}, the data set's {info.class_names[label]!r}; the client's same "
+            f"jobs/train_client.py with --class-names {' '.join(info.class_names)} numbers them alike"
+        )
     if (card.resolution, card.channels) != (info.resolution, info.channels):
         raise refuse(
             f"images of side {card.resolution} with {card.channels} channels, "

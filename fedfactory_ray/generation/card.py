@@ -18,6 +18,8 @@ class ModuleCard(Artefact):
 
     `canary` is that of the processes that trained it (see generation.canary), and those of all where several did after
     one another; empty where an earlier version did. It determines nothing: a module made elsewhere is found.
+    `class_name` is what its client calls the class, so that no module is used as another class's; empty where an
+    earlier version made it.
     """
 
     kind: ClassVar[str] = "module"
@@ -32,6 +34,7 @@ class ModuleCard(Artefact):
     generator: dict[str, Any]
     size: int
     canary: str = ""
+    class_name: str = ""
 
     @property
     def key(self) -> tuple[str, int]:

@@ -9,12 +9,14 @@ from collections.abc import Sequence
 import numpy as np
 from rich.console import Console
 
+from fedfactory_ray.data.image_folder import ImageFolder
 from fedfactory_ray.data.readers import open_source
-from fedfactory_ray.data.source import inspect
+from fedfactory_ray.data.source import inspect, told_skipped
 from fedfactory_ray.errors import DataInvalidError
 from fedfactory_ray.federation.client import Progress, train_share
 from fedfactory_ray.pipeline.gpus import modules_here
 from fedfactory_ray.pipeline.session import claim
+from fedfactory_ray.pipeline.survey import refuse_resolution
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import MODULES
@@ -30,22 +32,24 @@ def export_modules(
     console: Console,
     *,
     classes: Sequence[int] | None = None,
-    class_names: list[str] | None = None,
     device: str | None = None,
 ) -> None:
     """Train the modules of `client`, whose images are `config.data`, into the folder `out`, less those that are there.
 
-    `classes` are those to train, by default all that it holds; `class_names` those of the whole data set, where its
-    images are a folder with only some; `device` is cpu or cuda, by default cuda where there is one. No cluster is
-    needed. Raises FedFactoryError for what the user can mend.
+    `classes` are those to train, by default all that it holds; where its images are a folder with only some of the data
+    set's, `config.data.class_names` has to tell all; `device` is cpu or cuda, by default cuda where there is one. No
+    cluster is needed. Raises FedFactoryError for what the user can mend.
     """
     import torch
 
     from fedfactory_ray.cluster.devices import prepare_process
 
-    source = open_source(config.data, class_names)
+    source = open_source(config.data)
+    if isinstance(source, ImageFolder) and len(source.class_names) < 2:
+        found = f"one class, {source.class_names[0]}: which number it has for others cannot be told"
+        raise DataInvalidError(source.path, found, "--class-names with all classes of the data set, in order")
     info, labels = inspect(source, trains=False, tests=False)
-    config.generator.check_resolution(info.resolution)
+    refuse_resolution(config, info)
     held = [y for y, n in enumerate(info.counts["train"]) if n]
     chosen = list(classes or held)
     if not set(chosen) <= set(held):
@@ -60,6 +64,10 @@ def export_modules(
     prepare_process(config.resources.client.threads, where)
     at_once = modules_here(config, info, where)
     total = sum(config.generator.steps(len(indices)) for indices in share.values())
+    if info.skipped:
+        console.print(told_skipped(source.path, info.skipped), markup=False, highlight=False, soft_wrap=True)
+    numbered = ", ".join(f"{y} {info.class_names[y]}" for y in chosen)
+    console.print(f"classes of {client} by number: {numbered}", markup=False, highlight=False, soft_wrap=True)
     done: dict[int, int] = {}
     trained = set()
     with log_lines(console), Bars(console, f"training modules of {client}", total, "steps") as shown:

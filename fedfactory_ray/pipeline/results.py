@@ -127,7 +127,7 @@ def log_models(session: Session, results: Results) -> dict[str, str]:
     from fedfactory_ray.classification.ensemble import Ensemble, Predictor
     from fedfactory_ray.classification.prediction import load_network
 
-    run, experts, models = session.run, results.experts, {}
+    run, experts, names, models = session.run, results.experts, session.info.class_names, {}
     examples = np.concatenate(list(results.tested.examples.values()))
 
     def load(folder: str) -> nn.Module:
@@ -136,9 +136,10 @@ def log_models(session: Session, results: Results) -> dict[str, str]:
     if METHOD in results.classifiers:
         classifier = results.classifiers[METHOD]
         predictor = Predictor(load(classifier.folder))
-        models["classifier"] = run.model("classifier", predictor, examples, {"sha256": classifier.sha256})
+        models["classifier"] = run.model("classifier", predictor, examples, names, {"sha256": classifier.sha256})
     if experts:
         ensemble = Ensemble(load(expert.folder) for expert in experts.fitted.values())
         digests = {client: expert.sha256 for client, expert in experts.fitted.items()}
-        models["ensemble"] = run.model("ensemble", ensemble, examples, {"experts": digests, "missing": experts.missing})
+        made_of = {"experts": digests, "missing": experts.missing}
+        models["ensemble"] = run.model("ensemble", ensemble, examples, names, made_of)
     return models

@@ -87,7 +87,7 @@ def open_session(
 
     `forgetting` lets jobs/unlearn.py open what it makes; `parent` is the MLflow run to nest below; `draws` tells that
     images will be drawn, of which some have to validate. At the end the MLflow run is marked FINISHED, FAILED or
-    KILLED. A worker's refusal is raised as itself.
+    KILLED. A worker's refusal is raised as itself. The session's config tells the class names that all agree on.
     """
     began = time.monotonic()
     name = run_name(config)
@@ -100,13 +100,13 @@ def open_session(
             connect()
             plan = make_plan(config.resources)
             info, partition, cards = survey(config)
-            config.generator.check_resolution(info.resolution)
             if draws:
                 check_validation(config, partition)
             claim(config.determining() | ({"modules": set_sha256(cards)} if cards else {}), storage)
             storage.clean()
             storage.write_json(SETTINGS, config.model_dump(mode="json") | {"name": name})
             save_partition(storage, partition)
+            config = config.with_class_names(info.class_names)
             if config.modules is not None:
                 import_modules(config.modules, storage, cards)
             else:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -9,15 +12,19 @@ import ray
 
 from fedfactory_ray.cluster.absence import gather
 from fedfactory_ray.cluster.plan import placement, refuse_unknown_places
+from fedfactory_ray.data.image_folder import ImageFolder
 from fedfactory_ray.data.partition import Partition, held_elsewhere, make_partition, own_indices, still_held
 from fedfactory_ray.data.readers import open_source
-from fedfactory_ray.data.source import DataInfo, inspect
-from fedfactory_ray.errors import DataInvalidError, PartitionError
+from fedfactory_ray.data.source import DataInfo, Source, Split, inspect, told_skipped
+from fedfactory_ray.errors import ConfigError, DataInvalidError, PartitionError
 from fedfactory_ray.federation.exchange import offered_cards
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.artefact import fingerprint
 
+log = logging.getLogger(__name__)
+DECODE_SECONDS = 60.0
+"""Longest that the files which only the end of a run reads are tried."""
 READ_AT_ONCE = 2**29
 """Bytes of images that one task reads to tell their fingerprints."""
 
@@ -28,11 +35,16 @@ def survey(config: Config) -> tuple[DataInfo, Partition, list[ModuleCard]]:
     Every source is read where it lies: by any node, or by the nodes that may read a natural silo. Raises
     DataMissingError, DataInvalidError, PartitionError, ModuleRefusedError or ResourcesError.
     """
-    info, labels = ray.get(_inspect.remote(config))
+    info, labels, untried = ray.get(_inspect.remote(config))
+    refuse_resolution(config, info)
+    if untried:
+        log.warning("%s: %d val and test images were not tried, for lack of time", config.data.source, untried)
+    _tell(config.data.source, info.skipped)
     excluded = config.partition.exclude
     if config.modules is not None:
         cards = offered_cards(config.modules, info)
         partition = held_elsewhere({card.key: card.n_images for card in cards}, info.classes)
+        _refuse_missing(config.modules, "module", partition, info, excluded)
         partition = partition.without(still_held(partition, excluded))
         return info, partition, [card for card in cards if card.label in partition.shares.get(card.client, {})]
     if config.partition.scheme == "natural":
@@ -52,22 +64,32 @@ def _natural(config: Config, info: DataInfo) -> Partition:
         )
     taking_part = [silo for silo in config.partition.silos if silo.name not in excluded]
     refuse_unknown_places(taking_part)
+    agreed = config.with_class_names(info.class_names)
     asked = {
-        _inspect_silo.options(**placement(config, silo.name)).remote(config, silo.name, info): silo.name
+        _inspect_silo.options(**placement(config, silo.name)).remote(agreed, silo.name, info): silo.name
         for silo in taking_part
     }
-    counts = {
-        (client, label): n
-        for client, found in zip(asked.values(), gather(asked, config), strict=True)
-        for label, n in enumerate(found)
-        if n
-    }
-    missing = sorted(set(range(info.classes)) - {label for _, label in counts})
-    if missing and not excluded:
-        names = ", ".join(info.class_names[y] for y in missing)
-        raise DataInvalidError("partition.silos", f"no silo with a training image of class {names}", "every class")
+    found = dict(zip(asked.values(), gather(asked, config), strict=True))
+    counts = {(client, label): n for client, (held, _) in found.items() for label, n in enumerate(held) if n}
+    for client, (_, skipped) in found.items():
+        _tell(client, skipped)
     partition = held_elsewhere(counts, info.classes)
+    _refuse_missing("partition.silos", "silo with a training image", partition, info, excluded)
     return partition.without(still_held(partition, [entry for entry in excluded if "/" in entry]))
+
+
+def _tell(where: str, skipped: dict[str, int]) -> None:
+    if skipped:
+        log.warning("%s", told_skipped(where, skipped))
+
+
+def _refuse_missing(where: str, what: str, partition: Partition, info: DataInfo, excluded: Sequence[str]) -> None:
+    """Raise DataInvalidError for classes that nobody holds; whom a run leaves out may have held them alone."""
+    names = [name for name, n in zip(info.class_names, partition.matrix().sum(0), strict=True) if not n]
+    if names and not excluded:
+        raise DataInvalidError(where, f"no {what} of class {', '.join(names)}", "every class")
+    if names:
+        log.warning("nobody is left with class %s: no image of it is drawn", ", ".join(names))
 
 
 def read_images(config: Config, partition: Partition, info: DataInfo) -> Partition:
@@ -94,25 +116,50 @@ def _read_images(
     config: Config, info: DataInfo, shares: list[tuple[str, int, np.ndarray]]
 ) -> dict[tuple[str, int], str]:
     """Fingerprints of the images of shares (client, class, places) that lie in one source."""
-    source = open_source(config.data_of(shares[0][0]), info.class_names)
+    source = open_source(config.with_class_names(info.class_names).data_of(shares[0][0]))
     indices = [own_indices(config, source, label, places) for _, label, places in shares]
     images = np.split(source.images("train", np.concatenate(indices)), np.cumsum([len(i) for i in indices])[:-1])
     return {(client, label): fingerprint(own) for (client, label, _), own in zip(shares, images, strict=True)}
 
 
-@ray.remote
-def _inspect(config: Config) -> tuple[DataInfo, np.ndarray]:
-    return inspect(open_source(config.data), trains=not config.apart)
+def refuse_resolution(config: Config, info: DataInfo) -> None:
+    """Raise ConfigError for images whose side the generator's network cannot halve."""
+    try:
+        config.generator.check_resolution(info.resolution)
+    except ValueError as error:
+        raise ConfigError([str(error)]) from error
+
+
+def check_files(source: Source, seconds: float = DECODE_SECONDS) -> int:
+    """Decode a folder's validation and test images, which nothing else does before everything is trained; returns how
+    many of them had to wait because `seconds` were over. Raises DataInvalidError."""
+    if not isinstance(source, ImageFolder):
+        return 0
+    began = time.monotonic()
+    splits: tuple[Split, ...] = ("val", "test")
+    files = [(split, i) for split in splits for i in range(len(source.labels(split)))]
+    for tried, (split, i) in enumerate(files):
+        if time.monotonic() - began >= seconds:
+            return len(files) - tried
+        source.images(split, np.array([i]))
+    return 0
 
 
 @ray.remote
-def _inspect_silo(config: Config, client: str, info: DataInfo) -> list[int]:
-    """Number of training images of each class of a natural silo."""
-    source = open_source(config.data_of(client), info.class_names)
+def _inspect(config: Config) -> tuple[DataInfo, np.ndarray, int]:
+    """Facts, training labels, and how many images were not tried."""
+    source = open_source(config.data)
+    return *inspect(source, trains=not config.apart), check_files(source)
+
+
+@ray.remote
+def _inspect_silo(config: Config, client: str, info: DataInfo) -> tuple[list[int], dict[str, int]]:
+    """Number of training images of each class of a natural silo, and of the files that were skipped, by kind."""
+    source = open_source(config.data_of(client))
     found, labels = inspect(source, trains=False, tests=False)
     if not len(labels):
         raise DataInvalidError(source.path, "no train images", "training images of the silo's own classes")
     ours, theirs = ((i.class_names, i.resolution, i.channels) for i in (found, info))
     if ours != theirs:
         raise DataInvalidError(source.path, f"classes, side and channels {ours}", f"those of the test split, {theirs}")
-    return found.counts["train"]
+    return found.counts["train"], found.skipped

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from pydantic import Field, model_validator
@@ -115,10 +116,17 @@ class Config(BaseSettings):
             )
         return self
 
+    def with_class_names(self, names: Sequence[str]) -> Config:
+        """The same, every source opened by the class names that all agree on."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"class_names": tuple(names)})})
+
     def data_of(self, client: str) -> DataConfig:
-        """Where a client's images come from."""
+        """Where a client's images come from. A silo that holds only some of the classes would number them anew, so its
+        source is not told before the names are agreed on."""
         for silo in self.partition.silos:
             if silo.name == client:
+                if self.data.class_names is None:
+                    raise ValueError(f"the source of {client!r} without class names: needed config.with_class_names")
                 return self.data.model_copy(update={"source": silo.source})
         return self.data
 
@@ -134,7 +142,10 @@ class Config(BaseSettings):
         """
         chosen = {"architecture", "experts", "baselines", "federated", "modules"}
         tree = self.model_dump(mode="json", exclude={"name", "storage", "tracking", "resources", *chosen})
-        del tree["data"]["root"], tree["data"]["download"]
+        # Class names determine which images a class has, and these count by their bytes.
+        del tree["data"]["root"], tree["data"]["download"], tree["data"]["class_names"]
+        if self.data.background == DataConfig().background:
+            del tree["data"]["background"]  # earlier runs have none
         if not self.partition.exclude:
             del tree["partition"]["exclude"]
         for silo in tree["partition"]["silos"]:

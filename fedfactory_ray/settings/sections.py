@@ -24,7 +24,7 @@ class DataConfig(Section):
 
     source: str = "digits"
     """`digits`, `cifar10`, `medmnist:<flag>`, a path to an .npz in MedMNIST's layout, or to a folder with
-    train/<class>/ and test/<class>/ (val/ optional)."""
+    train/<class>/ and test/<class>/ (val/ or valid/ optional) of image files."""
     root: str = Field(default_factory=lambda: os.environ.get("FEDFACTORY_DATA", "~/.medmnist"))
     """Folder of downloaded files, on every node; default: $FEDFACTORY_DATA, else ~/.medmnist."""
     download: bool = True
@@ -33,6 +33,11 @@ class DataConfig(Section):
     """Which MedMNIST file to read: the pixels of an image's side."""
     resolution: int | None = Field(None, ge=4)
     """Side in pixels that train, synthesis and test share; default: as stored."""
+    background: str = "white"
+    """What transparent pixels of image files show: a colour's name, or #rrggbb."""
+    class_names: tuple[str, ...] | None = None
+    """Names of all classes, in order: a folder may hold only some of them. Default: as the source tells, the names of a
+    folder's subfolders in order, the numbers of an .npz."""
 
     @property
     def known_resolution(self) -> int | None:
@@ -40,6 +45,24 @@ class DataConfig(Section):
         if self.resolution is not None:
             return self.resolution
         return self.size if self.source.startswith("medmnist:") else NATIVE_RESOLUTION.get(self.source)
+
+    @field_validator("background")
+    @classmethod
+    def _is_a_colour(cls, background: str) -> str:
+        from PIL import ImageColor
+
+        try:
+            ImageColor.getrgb(background)
+        except ValueError as error:
+            raise ValueError(f"background {background!r}: needed a colour's name, such as white, or #rrggbb") from error
+        return background
+
+    @field_validator("class_names")
+    @classmethod
+    def _classes_differ(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if names is not None and (len(set(names)) < max(2, len(names)) or not all(names)):
+            raise ValueError(f"class_names {list(names)}: needed two or more, each another")
+        return names
 
     @model_validator(mode="after")
     def _source_is_known(self) -> DataConfig:

@@ -19,7 +19,7 @@ from fedfactory_ray.storage.layout import CARD, WEIGHTS
 FORMAT = 2
 """Of the cards that are written. It rises with every new fact, for a version that does not know one would take the card
 for damaged and make the artefact again. Older cards are read (those of format 0 have none), and what they lack gets its
-default: 2 brought the module's canary."""
+default: 2 brought the module's canary and the name of its class."""
 DAMAGED = "it is damaged"
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import ExitStack
 from functools import cached_property, partial
@@ -99,14 +100,22 @@ class Run:
         """Log a text."""
         self.client.log_text(self.id, text, file)
 
-    def model(self, name: str, predictor: nn.Module, example: np.ndarray, made_of: Mapping[str, Any]) -> str:
+    def model(
+        self,
+        name: str,
+        predictor: nn.Module,
+        example: np.ndarray,
+        class_names: Sequence[str],
+        made_of: Mapping[str, Any],
+    ) -> str:
         """Log a classifier with its signature, as an exported program (no pickle); returns its URI.
 
-        Load it with `mlflow.pyfunc.load_model(uri).predict(images)`: uint8 (n, H, W, C) in, (n, classes) out, on a CUDA
-        device where there is one, else, or with `model_config={"device": "cpu"}`, on the CPU.
-        `made_of` is kept as the model's metadata.
+        Load it with `mlflow.pyfunc.load_model(uri).predict(images)`: uint8 (n, H, W, C) in, probabilities out, a
+        DataFrame with a column a class by its name, on a CUDA device where there is one, else, or with
+        `model_config={"device": "cpu"}`, on the CPU. `made_of` is kept as the model's metadata.
         """
         import mlflow
+        import pandas as pd
         import torch
         from mlflow.environment_variables import MLFLOW_DEFAULT_PREDICTION_DEVICE as DEVICE
 
@@ -114,7 +123,7 @@ class Run:
 
         images = torch.from_numpy(example)
         with torch.inference_mode():
-            probabilities = predictor.eval()(images).numpy()
+            probabilities = pd.DataFrame(predictor.eval()(images).numpy(), columns=list(class_names))
         traced = torch.cat([images, images])  # an export takes a batch of one for a constant
         program = torch.export.export(predictor, (traced,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
         with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=self.id), ExitStack() as ending:
@@ -122,7 +131,7 @@ class Run:
             ending.callback(partial(DEVICE.set, asked) if (asked := DEVICE.get()) else DEVICE.unset)
             DEVICE.set("cpu")
             file = Path(folder, "model.pt2")
-            torch.export.save(program, file)
+            torch.export.save(program, file, extra_files={served_classifier.NAMES: json.dumps(list(class_names))})
             info = mlflow.pyfunc.log_model(
                 name=name,
                 loader_module=Path(served_classifier.__file__).stem,

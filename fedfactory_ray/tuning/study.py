@@ -181,7 +181,8 @@ def make_jobs(
             raise DataInvalidError(trial.config.data.source, "no val images", "a validation split, to tune on it")
         if method == METHOD:
             check_validation(trial.config, partition)
-        sessions.append(session.other(config=trial.config, info=info, partition=partition))
+        agreed = trial.config.with_class_names(info.class_names)
+        sessions.append(session.other(config=agreed, info=info, partition=partition))
     images = [settings_of_images(trial.config) for trial in trials]
     drawn = {}
     if method == METHOD:
