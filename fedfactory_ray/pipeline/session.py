@@ -137,7 +137,7 @@ def run_name(config: Config) -> str:
     """The configured name, or one that tells data, scheme and seed and is unique to the settings that matter."""
     if config.name:
         return config.name
-    settings = config.determining() | ({"modules": config.modules} if config.modules else {})
+    settings = config.determining() | ({"modules": config.typed(config.modules)} if config.modules else {})
     source = config.data.source.rpartition(":")[2].rstrip("/").rpartition("/")[2].partition(".")[0]
     return f"{source}-{config.partition.scheme}-seed{config.seed}-{fingerprint(settings)[:8]}"
 

@@ -16,15 +16,19 @@ from rich.console import Console
 
 from fedfactory_ray.errors import ConfigError, FedFactoryError
 from fedfactory_ray.settings.config import MOVED, Config, merge, nested, upgraded
+from fedfactory_ray.settings.paths import located
 from fedfactory_ray.settings.presets import PRESETS
 from fedfactory_ray.storage.layout import SETTINGS
 
 LOG_WIDTH = 140
 """Columns of a log, unless $COLUMNS tells; rich would fold tables to 80."""
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Environment variable that `ray job submit` sets for the job's driver."""
 
 
 def make_config(preset: str = "digits", file: str | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Combine defaults, preset, YAML file and dotted overrides (`["--seed", "1"]`), in that order.
+    """Combine defaults, preset, YAML file and dotted overrides (`["--seed", "1"]`), in that order. Relative paths, the
+    file's too, start in this process's folder, where the command was typed.
 
     Raises ConfigError, which lists every problem at once.
     """
@@ -47,13 +51,13 @@ def _combine(values: dict[str, Any], overrides: Sequence[str]) -> Config:
     split = (argument.partition("=") for argument in overrides)
     arguments = [f"{flags.get(flag, flag)}{mark}{value}" for flag, mark, value in split]
     with _explained():
-        return CliApp.run(Config, cli_args=arguments, **values)
+        return located(CliApp.run(Config, cli_args=arguments, **values))
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:
     """`config` with `changes`, values by dotted field. Raises ConfigError."""
     with _explained():
-        return Config.model_validate(merge(config.model_dump(), nested(changes)))
+        return located(Config.model_validate(merge(config.model_dump(), nested(changes))))
 
 
 def stored_config(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -88,7 +92,11 @@ def parse(
     )
     add_arguments(parser)
     parser.add_argument("--preset", default="digits", help="starting point, see the list below")
-    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the settings below")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with any of the settings below; relative paths in it start where the command is typed",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("-h", "--help", action=_Help, help="show this help and stop")
     options, overrides = parser.parse_known_args(arguments)
@@ -98,6 +106,8 @@ def parse(
         raise SystemExit(0)
     if not PRESETS[options.preset].verified:
         Console().print(f"note: preset {options.preset} has not been run on its hardware yet", highlight=False)
+    if config.folder is not None and SUBMITTED in os.environ:
+        print(f"note: relative paths start in {config.folder}, this job's copy of its working directory")
     return config, options
 
 
