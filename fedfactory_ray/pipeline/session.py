@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.pipeline.gpus import plan_gpus
 from fedfactory_ray.pipeline.survey import read_images, survey
 from fedfactory_ray.settings.config import MOVED, Config, flatten
+from fedfactory_ray.settings.names import allowed_name
 from fedfactory_ray.storage.artefact import fingerprint
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import CONFIG, FORGETTING, FORGOTTEN, INDICES, PARTITION, SECONDS, SETTINGS
@@ -134,11 +136,13 @@ def open_session(
 
 
 def run_name(config: Config) -> str:
-    """The configured name, or one that tells data, scheme and seed and is unique to the settings that matter."""
+    """The configured name, or one of the characters of NAME that tells data, scheme and seed and is unique to the
+    settings that matter."""
     if config.name:
         return config.name
     settings = config.determining() | ({"modules": config.typed(config.modules)} if config.modules else {})
-    source = config.data.source.rpartition(":")[2].rstrip("/").rpartition("/")[2].partition(".")[0]
+    file = os.path.basename(os.path.abspath(config.data.source.rpartition(":")[2]))
+    source = allowed_name(file.lstrip(".").partition(".")[0], otherwise="data")
     return f"{source}-{config.partition.scheme}-seed{config.seed}-{fingerprint(settings)[:8]}"
 
 

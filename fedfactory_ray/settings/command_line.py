@@ -67,12 +67,15 @@ def stored_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """
     from fedfactory_ray.storage.files import Storage
 
+    if name in ("", ".", "..") or "/" in name:
+        raise ConfigError([f"name: found {name!r}, needed the name of a run, which is a folder of storage.uri"])
     uri = make_config(overrides=overrides).storage.uri
     storage = Storage(uri).within(name)
     if not storage.exists(SETTINGS):
         raise ConfigError([f"{storage.uri} holds no run: {SETTINGS} is missing; --storage.uri tells where runs lie"])
-    values = merge(upgraded(storage.read_json(SETTINGS)), {"name": name, "storage": {"uri": uri}})
-    return _combine(values, overrides)
+    values = merge(upgraded(storage.read_json(SETTINGS)), {"name": None, "storage": {"uri": uri}})
+    # Runs were once given names by characters that no new one may have.
+    return _combine(values, overrides).model_copy(update={"name": name})
 
 
 def parse(
