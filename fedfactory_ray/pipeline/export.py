@@ -73,4 +73,5 @@ def export_modules(
             else:
                 card, _, _ = event
                 done[card.label] = card.steps
-    console.print(f"{len(share)} modules, {len(trained)} of them trained now: {storage.uri}/{MODULES}/{client}")
+    done_now = f"{len(share)} modules, {len(trained)} of them trained now: {storage.uri}/{MODULES}/{client}"
+    console.print(done_now, markup=False, emoji=False)

@@ -115,7 +115,7 @@ def open_session(
                 partition = read_images(config, partition, info)
             plan, shared = plan_gpus(config, plan, info, partition)
             if shared:
-                console.print(shared, highlight=False)
+                console.print(shared, markup=False, emoji=False, highlight=False)
                 background.submit(lambda: logged.result().tag("gpus", shared))
             session = Session(config, name, console, plan, info, partition, storage, logged, cards)
             session.seconds["start"] = time.monotonic() - began

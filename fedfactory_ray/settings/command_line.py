@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import CliApp
 from rich.console import Console
+from rich.text import Text
 
 from fedfactory_ray.errors import ConfigError, FedFactoryError
 from fedfactory_ray.settings.config import MOVED, Config, merge, nested, upgraded
@@ -108,16 +109,19 @@ def parse(
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
         raise SystemExit(0)
     if not PRESETS[options.preset].verified:
-        Console().print(f"note: preset {options.preset} has not been run on its hardware yet", highlight=False)
+        print(f"note: preset {options.preset} has not been run on its hardware yet")
     if config.folder is not None and SUBMITTED in os.environ:
         print(f"note: relative paths start in {config.folder}, this job's copy of its working directory")
     return config, options
 
 
 def job_console() -> Console:
-    """Where a job prints: wide enough for its tables where that is no terminal, such as in a submitted job's log."""
-    console = Console()
-    return console if console.file.isatty() or "COLUMNS" in os.environ else Console(width=LOG_WIDTH)
+    """Where a job prints, texts as they are: `[x]` in people's names is no markup. Wide enough for its tables where
+    that is no terminal, such as in a submitted job's log."""
+    console = Console(markup=False, emoji=False)
+    if not console.file.isatty() and "COLUMNS" not in os.environ:
+        console.width = LOG_WIDTH
+    return console
 
 
 def exit_status(job: Callable[[], None]) -> int:
@@ -125,7 +129,7 @@ def exit_status(job: Callable[[], None]) -> int:
     try:
         job()
     except FedFactoryError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(Text.assemble(("error:", "red"), f" {error}"), soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         Console(stderr=True).print("Stopped. The same command goes on from here.")
