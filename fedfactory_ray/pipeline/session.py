@@ -162,17 +162,20 @@ def refuse_forgotten(storage: Storage, *, forgetting: bool = False) -> None:
         )
 
 
-def claim(wanted: dict[str, Any], storage: Storage) -> None:
-    """Make the run's folder that of the settings `wanted`. Raises RunConflictError where it is another's."""
+def claim(wanted: dict[str, Any], storage: Storage, *, part: bool = False, another: str = "--name") -> None:
+    """Make the folder that of the settings `wanted`; as a `part`, no matter which others once claimed it too.
+
+    Raises RunConflictError where it is another's, telling that `another` option names another folder.
+    """
     if storage.exists(CONFIG):
-        theirs = {name: value for name, value in flatten(storage.read_json(CONFIG)).items() if name not in MOVED}
+        there = {name: value for name, value in storage.read_json(CONFIG).items() if name in wanted or not part}
+        theirs = {name: value for name, value in flatten(there).items() if name not in MOVED}
         # JSON turns tuples into lists, so compare what both become.
         ours = json.loads(json.dumps(flatten(wanted)))
         differing = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
         if differing:
-            raise RunConflictError(
-                storage.uri, [f"{k}: there {theirs.get(k)!r}, here {ours.get(k)!r}" for k in differing]
-            )
+            told = [f"{k}: there {theirs.get(k)!r}, here {ours.get(k)!r}" for k in differing]
+            raise RunConflictError(storage.uri, told, another)
     else:
         storage.write_json(CONFIG, wanted)
 
