@@ -95,6 +95,20 @@ class GpuMemoryError(FedFactoryError):
         )
 
 
+class TrainingDivergedError(FedFactoryError):
+    """What somebody trained has no finite loss any more."""
+
+    def __init__(self, who: str, found: str) -> None:
+        super().__init__(f"A training diverged: {who}.\n  found:  {found}")
+
+
+class StorageError(FedFactoryError):
+    """Nothing can be read or written at an address."""
+
+    def __init__(self, uri: str, found: str, needed: str) -> None:
+        super().__init__(f"Storage refused: {uri}\n  found:  {found}\n  needed: {needed}")
+
+
 class RunConflictError(FedFactoryError):
     """A folder holds a run, or modules, of another configuration; `another` option would name another folder."""
 

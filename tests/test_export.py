@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedfactory_ray.errors import RunConflictError
+from fedfactory_ray.errors import RunConflictError, TrainingDivergedError
 from fedfactory_ray.pipeline.export import export_modules
 from fedfactory_ray.settings.config import Config, merge
 
@@ -41,3 +41,8 @@ def test_folders_that_all_settings_claimed_go_on(tmp_path: Path, stripes: Path) 
     everything = Config.model_validate(TINY).determining()
     claimed.write_text(json.dumps(everything | json.loads(claimed.read_text())))
     assert "0 of them trained now" in export(tmp_path, stripes, synthesis={"images_per_class": 16})
+
+
+def test_a_training_that_diverges_is_refused_with_client_and_class(tmp_path: Path, stripes: Path) -> None:
+    with pytest.raises(TrainingDivergedError, match=r"client 'north', class 1[\s\S]*lower generator\.learning_rate"):
+        export(tmp_path, stripes, generator={"learning_rate": 1e30, "grad_clip": 1e30, "min_steps": 9, "max_steps": 9})

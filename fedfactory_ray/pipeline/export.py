@@ -55,6 +55,7 @@ def export_modules(
     del settings["data"]["source"]  # a path of the client's own
     settings["labels"] = hashlib.sha256(labels.tobytes()).hexdigest()
     storage = Storage(out)
+    storage.check()
     claim(settings, storage.within(f"{MODULES}/{client}"), part=True, another="--out")
     share = {y: np.flatnonzero(labels == y) for y in chosen}
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -94,6 +94,7 @@ def open_session(
     began = time.monotonic()
     name = run_name(config)
     storage = Storage(config.storage.uri).within(name)
+    storage.check()
     refuse_forgotten(storage, forgetting=forgetting)
     with ThreadPoolExecutor(1) as background, log_lines(console):
         logged = background.submit(tracking.start_run, config, name, storage.uri, parent)
