@@ -95,14 +95,28 @@ class GpuMemoryError(FedFactoryError):
         )
 
 
-class RunConflictError(FedFactoryError):
-    """A run of this name exists with another configuration."""
+class TrainingDivergedError(FedFactoryError):
+    """What somebody trained has no finite loss any more."""
 
-    def __init__(self, uri: str, differences: Sequence[str]) -> None:
+    def __init__(self, who: str, found: str) -> None:
+        super().__init__(f"A training diverged: {who}.\n  found:  {found}")
+
+
+class StorageError(FedFactoryError):
+    """Nothing can be read or written at an address."""
+
+    def __init__(self, uri: str, found: str, needed: str) -> None:
+        super().__init__(f"Storage refused: {uri}\n  found:  {found}\n  needed: {needed}")
+
+
+class RunConflictError(FedFactoryError):
+    """A folder holds a run, or modules, of another configuration; `another` option would name another folder."""
+
+    def __init__(self, uri: str, differences: Sequence[str], another: str) -> None:
         lines = "\n".join(f"  - {line}" for line in differences)
         super().__init__(
-            f"{uri} holds a run with another configuration:\n{lines}\n"
-            "Choose another --name, or repeat the original command to resume that run."
+            f"{uri} is of another configuration:\n{lines}\n"
+            f"Choose another {another}, or repeat the original command, which goes on from there."
         )
 
 

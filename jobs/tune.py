@@ -42,7 +42,7 @@ def main() -> None:
     console = job_console()
     study = run_study(config, chosen.method, chosen.search, chosen.trials, chosen.concurrent, console)
     console.print(study_table(study))
-    console.print(f"best        {study.best}", soft_wrap=True, highlight=False, markup=False)
+    console.print(f"best        {study.best}", soft_wrap=True, highlight=False)
     console.print(f"as a file   --config {study.storage}/{BEST_CONFIG}", soft_wrap=True, highlight=False)
     browse = f"browse      mlflow ui --backend-store-uri {tracking_uri(config)}"
     console.print(browse, soft_wrap=True, highlight=False)

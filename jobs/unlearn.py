@@ -7,7 +7,7 @@ import getpass
 import os
 import sys
 
-from rich.table import Table
+from rich.text import Text
 
 from fedfactory_ray.settings.command_line import exit_status, job_console, stored_config
 
@@ -87,13 +87,15 @@ def verify_command(options: argparse.Namespace, overrides: list[str]) -> int:
 
     run = Storage(options.certificate).parent
     config = stored_config(run.name, ["--storage.uri", run.parent.uri, *overrides])
+    from fedfactory_ray.tracking.table import PlainTable
     from fedfactory_ray.unlearning.verification import verify
 
     console = job_console()
     _, checks = verify(options.certificate, config, console, retrain=options.retrain)
-    table = Table(title=f"certificate · {run.name}", title_justify="left", show_header=False)
+    table = PlainTable(title=f"certificate · {run.name}", title_justify="left", show_header=False)
     for each in checks:
-        table.add_row(each.name, "[red]no[/red]: " + ", ".join(each.wrong[:5]) if each.wrong else "[green]yes[/green]")
+        no = Text.assemble(("no", "red"), ": ", ", ".join(each.wrong[:5]))
+        table.add_row(each.name, no if each.wrong else Text("yes", "green"))
     console.print(table)
     return int(any(each.wrong for each in checks))
 

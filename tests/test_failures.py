@@ -18,7 +18,7 @@ from fedfactory_ray.baselines.client import FederatedClient
 from fedfactory_ray.baselines.methods import METHODS
 from fedfactory_ray.classification.rows import Rows
 from fedfactory_ray.classification.training import fit
-from fedfactory_ray.cluster.failures import find_refusal, out_of_memory_refused
+from fedfactory_ray.cluster.failures import failures_refused, find_refusal
 from fedfactory_ray.cluster.plan import Worker, start_actor
 from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.data.source import Task
@@ -45,10 +45,10 @@ def out_of_memory(*_: Any, **__: Any) -> Any:
 
 def test_only_a_lack_of_memory_becomes_a_refusal_which_travels() -> None:
     told = r"client 'a'.\n  found:  CUDA[^\n]*2.00 GiB.\n  try:    less"
-    with pytest.raises(GpuMemoryError, match=told) as caught, out_of_memory_refused("client 'a'", "less"):
+    with pytest.raises(GpuMemoryError, match=told) as caught, failures_refused("client 'a'", "less"):
         out_of_memory()
     assert str(copy.copy(caught.value)) == str(caught.value)
-    with pytest.raises(RuntimeError, match="another"), out_of_memory_refused("client 'a'", "less"):
+    with pytest.raises(RuntimeError, match="another"), failures_refused("client 'a'", "less"):
         raise RuntimeError("another")
 
 

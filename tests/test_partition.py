@@ -1,6 +1,7 @@
 import hashlib
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -165,3 +166,40 @@ def test_who_was_forgotten_may_have_taken_the_images_away() -> None:
     counts = {("north", 0): 3, ("north", 1): 2, ("south", 1): 4}
     partition = held_elsewhere(counts, 2)
     assert still_held(partition, ["north/0", "south", "west", "south/0"]) == ["north/0", "south"]
+
+
+@settings(max_examples=40, deadline=None)
+@given(counts, st.integers(1, 40), st.integers(0, 5))
+def test_iid_clients_hold_the_same_number_and_all_images(counts: list[int], clients: int, seed: int) -> None:
+    labels = labels_of(counts)
+    config = PartitionConfig(scheme="iid", clients=clients, min_size=1)
+    partition = make_partition(config, labels, len(counts), seed)
+    assert (check_disjoint_and_true(partition, labels) == np.arange(len(labels))).all()
+    sizes = partition.matrix().sum(1)
+    assert len(sizes) == clients
+    assert sizes.max() - sizes.min() <= 1
+
+
+def test_iid_clients_can_outnumber_a_class_and_hold_each_in_its_share() -> None:
+    labels = labels_of([60, 600])
+    matrix = make_partition(PartitionConfig(scheme="iid", clients=66), labels, 2, 0).matrix()
+    assert matrix.shape == (66, 2)
+    assert set(matrix[:, 0]) > {0, 1, 2}  # drawn, not dealt one each
+    few = make_partition(PartitionConfig(scheme="iid", clients=3), labels, 2, 0).matrix()
+    assert (np.abs(few[:, 0] - 20) < 12).all()
+    with pytest.raises(PartitionError, match="660 images for 100 clients"):
+        make_partition(PartitionConfig(scheme="iid", clients=100), labels, 2, 0)
+
+
+def test_an_alpha_so_small_that_shares_underflow_is_refused_without_a_warning() -> None:
+    labels = labels_of([60] * 4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for clients in (2, 4):
+            config = PartitionConfig(scheme="dirichlet", clients=clients, alpha=1e-5)
+            with pytest.raises(PartitionError, match=r"Dirichlet\(1e-05\)[\s\S]*larger partition.alpha"):
+                make_partition(config, labels, 4, 0)
+        config = PartitionConfig(scheme="dirichlet", clients=2, alpha=1e-3)
+        matrix = make_partition(config, labels, 4, 0).matrix()
+    assert (matrix >= 0).all()
+    assert (matrix.sum(0) == 60).all()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from fedfactory_ray.errors import StorageError
 from fedfactory_ray.storage.files import Storage
 
 
@@ -23,3 +24,9 @@ def test_files_appear_whole_and_go_again(bucket: str) -> None:
     assert storage.names("") == ["a/b.bin"]
     storage.delete("a/b.bin")
     assert storage.names("") == []
+
+
+def test_a_bucket_that_is_not_there_is_refused(bucket: str) -> None:
+    Storage(f"{bucket}/runs").check()
+    with pytest.raises(StorageError, match="no bucket nowhere"):
+        Storage("s3://nowhere/runs").check()

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedfactory_ray.errors import StorageError
 from fedfactory_ray.storage.files import Storage
 
 
@@ -189,3 +190,37 @@ def test_a_folder_knows_its_name_and_its_parent_with_the_options_of_the_address(
     assert storage.name == "one"
     assert storage.parent.within("one").uri == storage.uri
     assert storage.parent.name == "runs"
+
+
+@pytest.mark.parametrize(
+    ("uri", "found"),
+    [
+        ("ftp://host/runs", "ftp"),
+        ("s3://my bucket/runs", "parse"),
+        ("s3//bucket/runs", "without ://"),
+        ("s3:/bucket/runs", "without ://"),
+        ("file:/tmp/runs", "without ://"),
+        ("file:///tmp/my runs", "parse"),
+    ],
+)
+def test_addresses_that_tell_no_file_system_are_refused(uri: str, found: str) -> None:
+    with pytest.raises(StorageError, match=rf"{found}[\s\S]*needed: a local path, or an address such as s3://"):
+        Storage(uri)
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"file is a file\n  needed: a folder"):
+        Storage(str(tmp_path / "file")).within("small").check()
+    Storage(str(tmp_path / "new")).within("small").check()
+    assert files_below(tmp_path) == ["file"]
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(StorageError, match=r"/proc/runs[\s\S]*may be written"):
+        Storage("/proc/runs").write("a", b"")
+
+
+def test_folders_whose_names_only_begin_like_an_address_are_folders(tmp_path: Path) -> None:
+    for name in ("s3/runs", "files", "gs"):
+        Storage(str(tmp_path / name)).write("a", b"x")
+        assert (tmp_path / name / "a").exists()
+        assert Storage(name).uri.endswith(f"/{name}")

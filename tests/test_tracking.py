@@ -20,7 +20,7 @@ from fedfactory_ray.data.source import Task
 from fedfactory_ray.federation.client import Progress
 from fedfactory_ray.settings.command_line import make_config
 from fedfactory_ray.tracking import runs as tracking
-from fedfactory_ray.tracking.runs import ClientRun, Run, start_run
+from fedfactory_ray.tracking.runs import ClientRun, Run, start_run, tracking_uri
 from fedfactory_ray.tracking.served_classifier import BATCH_SIZE, _load_pyfunc
 
 TASK = Task(3, 1, 8)
@@ -129,3 +129,16 @@ def test_a_clients_curves_begin_before_the_jobs_run_does(tmp_path: Path) -> None
     found = client.get_run(client_run.run.id)
     assert found.info.status == "FINISHED"
     assert found.data.tags["mlflow.parentRunId"] == starting.result().id
+
+
+def test_a_home_in_a_sqlite_address_is_the_users(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    for typed, meant in (
+        ("sqlite:///~/x/mlflow.db", "sqlite:////home/me/x/mlflow.db"),
+        ("sqlite:///a~/mlflow.db", "sqlite:///a~/mlflow.db"),
+        ("sqlite:////tmp/~/mlflow.db", "sqlite:////tmp/~/mlflow.db"),
+        ("http://host/~x", "http://host/~x"),
+    ):
+        assert tracking_uri(make_config(overrides=["--tracking.uri", typed])) == meant
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", typed)
+        assert tracking_uri(make_config()) == meant

@@ -15,7 +15,7 @@ from fedfactory_ray.baselines.learner import Images, Judgement, Learner, from_me
 from fedfactory_ray.classification.batches import HeldBatches
 from fedfactory_ray.classification.fitting import Fit
 from fedfactory_ray.cluster.devices import prepare_process
-from fedfactory_ray.cluster.failures import out_of_memory_refused
+from fedfactory_ray.cluster.failures import failures_refused
 from fedfactory_ray.data.partition import own_indices
 from fedfactory_ray.data.source import Task
 from fedfactory_ray.federation.client import FIT_REMEDY, ClientSlot
@@ -97,7 +97,7 @@ class FederatedClient(Keeper, ClientSlot):
     ) -> tuple[Trained, bytes, bytes]:
         """The client's part of a round: returns scalars, its upload, and its state, which is for its next round."""
         training, _ = self.images(client)
-        with out_of_memory_refused(f"client {client!r}, training in round {round_}", FIT_REMEDY):
+        with failures_refused(f"client {client!r}, training in round {round_}", FIT_REMEDY):
             device = self.learner.device
             received = from_message(model, device) | from_message(extras, device)
             old = method.start_client(received["weights"]) if state is None else from_message(state, device)
@@ -112,7 +112,7 @@ class FederatedClient(Keeper, ClientSlot):
 
     def validate(self, client: str, model: bytes) -> Judgement:
         """Judge the server's model on the client's validation images; scalars alone come back."""
-        with out_of_memory_refused(f"client {client!r}, judging a round's model", FIT_REMEDY):
+        with failures_refused(f"client {client!r}, judging a round's model", FIT_REMEDY):
             self.learner.load(from_message(model, self.learner.device))
             return self.learner.judge(self.images(client)[1])
 
@@ -130,7 +130,7 @@ class FederatedClient(Keeper, ClientSlot):
         ]
         sides = [HeldBatches(table, self.task.image_shape, recipe.batch_size, seed, 0, 1) for table in tables]
         steps = len(training.labels) // min(recipe.batch_size, len(training.labels))
-        with out_of_memory_refused(f"client {client!r}, fitting a classifier alone", FIT_REMEDY):
+        with failures_refused(f"client {client!r}, fitting a classifier alone", FIT_REMEDY):
             fit = Fit(recipe, self.task, steps, seed, self.learner.device)
             for _ in fit.epochs(*sides):
                 pass

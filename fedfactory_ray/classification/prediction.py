@@ -16,7 +16,7 @@ from fedfactory_ray.classification.evaluation import Difference, Evaluation, eva
 from fedfactory_ray.classification.models import make_classifier
 from fedfactory_ray.cluster.devices import assigned_device, prepare_process
 from fedfactory_ray.cluster.environment import environment
-from fedfactory_ray.cluster.failures import out_of_memory_refused
+from fedfactory_ray.cluster.failures import failures_refused
 from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.data.source import Task
 from fedfactory_ray.data.transforms import to_tensor
@@ -83,7 +83,7 @@ def evaluate_on_test(
     images, labels = source.images("test"), source.labels("test")
 
     def predict(name: str, folder: str) -> torch.Tensor:
-        with out_of_memory_refused(f"evaluating {name}", REMEDY):
+        with failures_refused(f"evaluating {name}", REMEDY):
             return predict_logits(load_network(config, task, storage, folder), images, device)
 
     found, lone = ({name: predict(name, folder) for name, folder in of.items()} for of in (folders, experts))

@@ -23,7 +23,7 @@ from ray.util.queue import Queue
 from fedfactory_ray.classification.batches import Batches, HeldBatches, StreamedBatches, keep_side
 from fedfactory_ray.classification.card import Classifier, Epoch
 from fedfactory_ray.classification.rows import Rows
-from fedfactory_ray.cluster.failures import find_refusal, out_of_memory_refused
+from fedfactory_ray.cluster.failures import failures_refused, find_refusal
 from fedfactory_ray.cluster.plan import Worker
 from fedfactory_ray.cluster.stored import find_all
 from fedfactory_ray.data.readers import open_source
@@ -217,7 +217,7 @@ def _relay(queue: Queue, listen: Callable[[Epoch], None]) -> Iterator[None]:
 def _fit_on_worker(settings: dict[str, Any]) -> None:
     """The training loop of one Ray Train worker."""
     remedy = "a smaller classifier.batch_size, more resources.classifier_workers, or resources.classifier.num_gpus=1"
-    with out_of_memory_refused(f"the fit of {settings['name']}", remedy):
+    with failures_refused(f"the fit of {settings['name']}", remedy):
         _fit_epochs(settings)
 
 

@@ -1,4 +1,4 @@
-"""Failures: what actors and tasks raised, inside Ray's wrappings, and a GPU without memory as a refusal."""
+"""Failures: what actors and tasks raised, inside Ray's wrappings; lack of memory and divergence as refusals."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from ray.exceptions import RayError
 
-from fedfactory_ray.errors import FedFactoryError, GpuMemoryError
+from fedfactory_ray.errors import FedFactoryError, GpuMemoryError, TrainingDivergedError
 
 WRAPPINGS = ("cause", "controller_failure", "_base_exc")
 """Where Ray's exceptions keep the one that they wrap: a task's, and Ray Train's of its controller and its workers."""
@@ -31,8 +31,9 @@ def find_refusal(error: BaseException | None) -> FedFactoryError | None:
 
 
 @contextmanager
-def out_of_memory_refused(who: str, remedy: str) -> Iterator[None]:
-    """Raise GpuMemoryError in the place of torch's, telling `who` computed what, and what mends it."""
+def failures_refused(who: str, remedy: str) -> Iterator[None]:
+    """Raise GpuMemoryError in the place of torch's, telling `who` computed what, and what mends it; and
+    TrainingDivergedError in the place of a FloatingPointError, which tells itself what mends it."""
     import torch
 
     try:
@@ -40,3 +41,5 @@ def out_of_memory_refused(who: str, remedy: str) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         found, *_ = str(error).strip().splitlines() or ["no message"]
         raise GpuMemoryError(who, found, remedy) from error
+    except FloatingPointError as error:
+        raise TrainingDivergedError(who, str(error)) from error

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.text import Text
 
 from fedfactory_ray.storage.layout import METHOD, PLOT, TABLE
 from fedfactory_ray.tracking import plots
 from fedfactory_ray.tracking.runs import Run
+from fedfactory_ray.tracking.table import PlainTable
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -99,9 +100,9 @@ def score_text(scores: dict[str, float], score: str) -> str:
     return value
 
 
-def comparison_table(comparison: Comparison) -> Table:
+def comparison_table(comparison: Comparison) -> PlainTable:
     """The table at the end."""
-    table = Table(title=f"comparison · {comparison.name}", title_justify="left")
+    table = PlainTable(title=f"comparison · {comparison.name}", title_justify="left")
     for column in ("method", "accuracy", "balanced", "AUROC", "rounds", "MB up", "MB down", "seconds"):
         table.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
     for line in comparison.lines:
@@ -124,7 +125,7 @@ def comparison_table(comparison: Comparison) -> Table:
         )
         notes.append(f"{FACTORY_II} less {FACTORY}, paired: accuracy {accuracy}")
         notes.append(f"balanced accuracy {balanced}")
-    table.caption = "\n".join(notes) or None
+    table.caption = Text("\n".join(notes), "table.caption") if notes else None
     return table
 
 

@@ -191,7 +191,10 @@ def dirichlet(config: PartitionConfig, pool_sizes: np.ndarray, clients: int, dra
             "fewer partition.clients",
         )
     for _ in range(1000):
-        proportions = draw.dirichlet(np.full(clients, config.alpha), size=len(pool_sizes))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            proportions = draw.dirichlet(np.full(clients, config.alpha), size=len(pool_sizes))
+        if not np.isfinite(proportions).all():  # with a tiny alpha all of a class's shares may underflow
+            continue
         edges = np.floor(np.cumsum(proportions, axis=1) * pool_sizes[:, None] + 0.5).astype(np.int64)
         edges[:, -1] = pool_sizes
         sizes = np.diff(edges, prepend=0).T
@@ -202,6 +205,21 @@ def dirichlet(config: PartitionConfig, pool_sizes: np.ndarray, clients: int, dra
         f"min_size={config.min_size}",
         "a larger partition.alpha, fewer partition.clients, or a smaller partition.min_size",
     )
+
+
+def iid(config: PartitionConfig, pool_sizes: np.ndarray, clients: int, draw: np.random.RandomState) -> np.ndarray:
+    """All images shuffled and dealt evenly (McMahan et al. 2017, sec. 3), so that every client's are drawn alike: a
+    client may lack a class of which there are hardly more images than clients."""
+    total = int(pool_sizes.sum())
+    if total // clients < config.min_size:
+        raise PartitionError(
+            f"{total} images for {clients} clients",
+            f"min_size={config.min_size} each",
+            "fewer partition.clients or a smaller partition.min_size",
+        )
+    shuffled = draw.permutation(np.repeat(np.arange(len(pool_sizes)), pool_sizes))
+    parts = np.split(shuffled, np.cumsum(_even(total, clients))[:-1])
+    return np.array([np.bincount(part, minlength=len(pool_sizes)) for part in parts])
 
 
 def skew(config: PartitionConfig, pool_sizes: np.ndarray, clients: int, draw: np.random.RandomState) -> np.ndarray:
@@ -229,7 +247,7 @@ def skew(config: PartitionConfig, pool_sizes: np.ndarray, clients: int, draw: np
     return sizes
 
 
-SCHEMES = {"silos": silos, "pathological": pathological, "dirichlet": dirichlet, "skew": skew}
+SCHEMES = {"silos": silos, "pathological": pathological, "dirichlet": dirichlet, "iid": iid, "skew": skew}
 
 
 def own_indices(config: Config, source: Source, label: int, places: np.ndarray) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from fedfactory_ray.cluster.failures import out_of_memory_refused
+from fedfactory_ray.cluster.failures import failures_refused
 from fedfactory_ray.cluster.plan import MODULES_AT_ONCE, Worker, placement, start_actor
 from fedfactory_ray.data.partition import own_indices
 from fedfactory_ray.data.readers import open_source
@@ -112,7 +112,7 @@ class ClientActor(ClientSlot):
         """Fit the client's expert, see `expert.fit_expert`: a stream of its epochs and, at the end, the expert."""
         from fedfactory_ray.federation.expert import fit_expert
 
-        with out_of_memory_refused(f"client {assignment.client!r}, fitting its expert", FIT_REMEDY):
+        with failures_refused(f"client {assignment.client!r}, fitting its expert", FIT_REMEDY):
             yield from fit_expert(self.config, assignment, self.source(assignment.client), self.storage, self.device)
 
 
@@ -168,7 +168,7 @@ def _train_module(
     storage: Storage,
 ) -> Iterator[Progress | tuple[ModuleCard, bytes, float] | None]:
     """Train one of a client's modules; None after a step that has no news, for others to take a turn."""
-    with out_of_memory_refused(f"client {client!r}, class {label}, training its module", MODULE_REMEDY):
+    with failures_refused(f"client {client!r}, class {label}, training its module", MODULE_REMEDY):
         yield from _train_here(config, source, client, label, places, device, storage)
 
 

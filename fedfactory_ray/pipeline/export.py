@@ -54,10 +54,13 @@ def export_modules(
     chosen = list(classes or held)
     if not set(chosen) <= set(held):
         raise DataInvalidError(source.path, f"training images of the classes {held}", f"--classes {chosen} among them")
-    settings = config.determining() | {"labels": hashlib.sha256(labels.tobytes()).hexdigest()}
+    whole = config.determining()
+    settings = {name: whole[name] for name in ("seed", "data", "generator")}  # nothing else determines a module
     del settings["data"]["source"]  # a path of the client's own
+    settings["labels"] = hashlib.sha256(labels.tobytes()).hexdigest()
     storage = Storage(out)
-    claim(settings, storage.within(f"{MODULES}/{client}"))
+    storage.check()
+    claim(settings, storage.within(f"{MODULES}/{client}"), part=True, another="--out")
     share = {y: np.flatnonzero(labels == y) for y in chosen}
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
@@ -81,4 +84,5 @@ def export_modules(
             else:
                 card, _, _ = event
                 done[card.label] = card.steps
-    console.print(f"{len(share)} modules, {len(trained)} of them trained now: {storage.uri}/{MODULES}/{client}")
+    done_now = f"{len(share)} modules, {len(trained)} of them trained now: {storage.uri}/{MODULES}/{client}"
+    console.print(done_now, markup=False, emoji=False)

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.storage.layout import MIXTURE, PRODUCT
+from fedfactory_ray.tracking.table import PlainTable
 
 if TYPE_CHECKING:
     from fedfactory_ray.classification.evaluation import Difference, Evaluation
@@ -40,9 +39,9 @@ class Report:
     missing: dict[str, str]
 
 
-def partition_table(partition: Partition, info: DataInfo, most: int = 20) -> Table:
+def partition_table(partition: Partition, info: DataInfo, most: int = 20) -> PlainTable:
     """The client × class table of image counts, its first `most` clients."""
-    table = Table(title=f"images a client and class (partition {partition.sha256[:12]})", title_justify="left")
+    table = PlainTable(title=f"images a client and class (partition {partition.sha256[:12]})", title_justify="left")
     table.add_column("client")
     for class_name in info.class_names:
         table.add_column(class_name[:12], justify="right")
@@ -53,9 +52,9 @@ def partition_table(partition: Partition, info: DataInfo, most: int = 20) -> Tab
     return table
 
 
-def report_table(report: Report) -> Table:
+def report_table(report: Report) -> PlainTable:
     """The table at the end: results first, then what they cost."""
-    table = Table(title=f"FederatedFactory · {report.name}", title_justify="left", show_header=False)
+    table = PlainTable(title=f"FederatedFactory · {report.name}", title_justify="left", show_header=False)
     combined = f" of {len(report.experts)} experts" + (f", {len(report.missing)} MISSING" if report.missing else "")
     for method, evaluation in report.evaluations.items():
         table.add_row(f"accuracy, {method}{combined * (method in (PRODUCT, MIXTURE))}", str(evaluation.accuracy))

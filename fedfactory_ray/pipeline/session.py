@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -24,6 +25,7 @@ from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.pipeline.gpus import plan_gpus
 from fedfactory_ray.pipeline.survey import read_images, survey
 from fedfactory_ray.settings.config import MOVED, Config, flatten
+from fedfactory_ray.settings.names import allowed_name
 from fedfactory_ray.storage.artefact import fingerprint
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import CONFIG, FORGETTING, FORGOTTEN, INDICES, PARTITION, SECONDS, SETTINGS
@@ -92,6 +94,7 @@ def open_session(
     began = time.monotonic()
     name = run_name(config)
     storage = Storage(config.storage.uri).within(name)
+    storage.check()
     refuse_forgotten(storage, forgetting=forgetting)
     with ThreadPoolExecutor(1) as background, log_lines(console):
         logged = background.submit(tracking.start_run, config, name, storage.uri, parent)
@@ -113,7 +116,7 @@ def open_session(
                 partition = read_images(config, partition, info)
             plan, shared = plan_gpus(config, plan, info, partition)
             if shared:
-                console.print(shared, highlight=False)
+                console.print(shared, markup=False, emoji=False, highlight=False)
                 background.submit(lambda: logged.result().tag("gpus", shared))
             session = Session(config, name, console, plan, info, partition, storage, logged, cards)
             session.seconds["start"] = time.monotonic() - began
@@ -134,11 +137,13 @@ def open_session(
 
 
 def run_name(config: Config) -> str:
-    """The configured name, or one that tells data, scheme and seed and is unique to the settings that matter."""
+    """The configured name, or one of the characters of NAME that tells data, scheme and seed and is unique to the
+    settings that matter."""
     if config.name:
         return config.name
-    settings = config.determining() | ({"modules": config.modules} if config.modules else {})
-    source = config.data.source.rpartition(":")[2].rstrip("/").rpartition("/")[2].partition(".")[0]
+    settings = config.determining() | ({"modules": config.typed(config.modules)} if config.modules else {})
+    file = os.path.basename(os.path.abspath(config.data.source.rpartition(":")[2]))
+    source = allowed_name(file.lstrip(".").partition(".")[0], otherwise="data")
     return f"{source}-{config.partition.scheme}-seed{config.seed}-{fingerprint(settings)[:8]}"
 
 
@@ -158,17 +163,20 @@ def refuse_forgotten(storage: Storage, *, forgetting: bool = False) -> None:
         )
 
 
-def claim(wanted: dict[str, Any], storage: Storage) -> None:
-    """Make the run's folder that of the settings `wanted`. Raises RunConflictError where it is another's."""
+def claim(wanted: dict[str, Any], storage: Storage, *, part: bool = False, another: str = "--name") -> None:
+    """Make the folder that of the settings `wanted`; as a `part`, no matter which others once claimed it too.
+
+    Raises RunConflictError where it is another's, telling that `another` option names another folder.
+    """
     if storage.exists(CONFIG):
-        theirs = {name: value for name, value in flatten(storage.read_json(CONFIG)).items() if name not in MOVED}
+        there = {name: value for name, value in storage.read_json(CONFIG).items() if name in wanted or not part}
+        theirs = {name: value for name, value in flatten(there).items() if name not in MOVED}
         # JSON turns tuples into lists, so compare what both become.
         ours = json.loads(json.dumps(flatten(wanted)))
         differing = sorted(k for k in theirs.keys() | ours.keys() if theirs.get(k) != ours.get(k))
         if differing:
-            raise RunConflictError(
-                storage.uri, [f"{k}: there {theirs.get(k)!r}, here {ours.get(k)!r}" for k in differing]
-            )
+            told = [f"{k}: there {theirs.get(k)!r}, here {ours.get(k)!r}" for k in differing]
+            raise RunConflictError(storage.uri, told, another)
     else:
         storage.write_json(CONFIG, wanted)
 

@@ -13,18 +13,23 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import CliApp
 from rich.console import Console
+from rich.text import Text
 
 from fedfactory_ray.errors import ConfigError, FedFactoryError
 from fedfactory_ray.settings.config import MOVED, Config, merge, nested, upgraded
+from fedfactory_ray.settings.paths import located
 from fedfactory_ray.settings.presets import PRESETS
 from fedfactory_ray.storage.layout import SETTINGS
 
 LOG_WIDTH = 140
 """Columns of a log, unless $COLUMNS tells; rich would fold tables to 80."""
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Environment variable that `ray job submit` sets for the job's driver."""
 
 
 def make_config(preset: str = "digits", file: str | None = None, overrides: Sequence[str] = ()) -> Config:
-    """Combine defaults, preset, YAML file and dotted overrides (`["--seed", "1"]`), in that order.
+    """Combine defaults, preset, YAML file and dotted overrides (`["--seed", "1"]`), in that order. Relative paths, the
+    file's too, start in this process's folder, where the command was typed.
 
     Raises ConfigError, which lists every problem at once.
     """
@@ -47,13 +52,13 @@ def _combine(values: dict[str, Any], overrides: Sequence[str]) -> Config:
     split = (argument.partition("=") for argument in overrides)
     arguments = [f"{flags.get(flag, flag)}{mark}{value}" for flag, mark, value in split]
     with _explained():
-        return CliApp.run(Config, cli_args=arguments, **values)
+        return located(CliApp.run(Config, cli_args=arguments, **values))
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:
     """`config` with `changes`, values by dotted field. Raises ConfigError."""
     with _explained():
-        return Config.model_validate(merge(config.model_dump(), nested(changes)))
+        return located(Config.model_validate(merge(config.model_dump(), nested(changes))))
 
 
 def stored_config(name: str, overrides: Sequence[str] = ()) -> Config:
@@ -63,12 +68,15 @@ def stored_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """
     from fedfactory_ray.storage.files import Storage
 
+    if name in ("", ".", "..") or "/" in name:
+        raise ConfigError([f"name: found {name!r}, needed the name of a run, which is a folder of storage.uri"])
     uri = make_config(overrides=overrides).storage.uri
     storage = Storage(uri).within(name)
     if not storage.exists(SETTINGS):
         raise ConfigError([f"{storage.uri} holds no run: {SETTINGS} is missing; --storage.uri tells where runs lie"])
-    values = merge(upgraded(storage.read_json(SETTINGS)), {"name": name, "storage": {"uri": uri}})
-    return _combine(values, overrides)
+    values = merge(upgraded(storage.read_json(SETTINGS)), {"name": None, "storage": {"uri": uri}})
+    # Runs were once given names by characters that no new one may have.
+    return _combine(values, overrides).model_copy(update={"name": name})
 
 
 def parse(
@@ -88,7 +96,11 @@ def parse(
     )
     add_arguments(parser)
     parser.add_argument("--preset", default="digits", help="starting point, see the list below")
-    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the settings below")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file with any of the settings below; relative paths in it start where the command is typed",
+    )
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("-h", "--help", action=_Help, help="show this help and stop")
     options, overrides = parser.parse_known_args(arguments)
@@ -97,14 +109,19 @@ def parse(
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
         raise SystemExit(0)
     if not PRESETS[options.preset].verified:
-        Console().print(f"note: preset {options.preset} has not been run on its hardware yet", highlight=False)
+        print(f"note: preset {options.preset} has not been run on its hardware yet")
+    if config.folder is not None and SUBMITTED in os.environ:
+        print(f"note: relative paths start in {config.folder}, this job's copy of its working directory")
     return config, options
 
 
 def job_console() -> Console:
-    """Where a job prints: wide enough for its tables where that is no terminal, such as in a submitted job's log."""
-    console = Console()
-    return console if console.file.isatty() or "COLUMNS" in os.environ else Console(width=LOG_WIDTH)
+    """Where a job prints, texts as they are: `[x]` in people's names is no markup. Wide enough for its tables where
+    that is no terminal, such as in a submitted job's log."""
+    console = Console(markup=False, emoji=False)
+    if not console.file.isatty() and "COLUMNS" not in os.environ:
+        console.width = LOG_WIDTH
+    return console
 
 
 def exit_status(job: Callable[[], None]) -> int:
@@ -112,7 +129,7 @@ def exit_status(job: Callable[[], None]) -> int:
     try:
         job()
     except FedFactoryError as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(Text.assemble(("error:", "red"), f" {error}"), soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         Console(stderr=True).print("Stopped. The same command goes on from here.")

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -51,6 +52,8 @@ class Config(BaseSettings):
     Default: `centralised`, unless no one may read all the images (partition `natural`, modules from files)."""
     modules: str | None = None
     """Folder of modules that were trained elsewhere with jobs/train_client.py; then no client trains here."""
+    folder: str | None = None
+    """Where relative paths were made absolute from. Set by the command line: the folder in which it was typed."""
     data: DataConfig = DataConfig()
     """Images."""
     partition: PartitionConfig = PartitionConfig()
@@ -135,21 +138,28 @@ class Config(BaseSettings):
         """The method that the run is about, among its evaluations."""
         return PRODUCT if self.architecture == "decentralised" else METHOD
 
+    def typed(self, path: str) -> str:
+        """A path as it was typed in `folder`."""
+        return path.removeprefix(os.path.join(self.folder, "")) if self.folder else path
+
     def determining(self) -> dict[str, Any]:
         """The settings that determine what the run makes, as JSON values: all but where things run and are kept.
 
         Neither `architecture`, `experts` nor the baselines count: they add to a run and change nothing that is there.
+        Paths count as they were typed: a submitted job's folder has another name after each edit.
         """
         chosen = {"architecture", "experts", "baselines", "federated", "modules"}
-        tree = self.model_dump(mode="json", exclude={"name", "storage", "tracking", "resources", *chosen})
+        tree = self.model_dump(mode="json", exclude={"name", "folder", "storage", "tracking", "resources", *chosen})
         # Class names determine which images a class has, and these count by their bytes.
         del tree["data"]["root"], tree["data"]["download"], tree["data"]["class_names"]
         if self.data.background == DataConfig().background:
             del tree["data"]["background"]  # earlier runs have none
+        tree["data"]["source"] = self.typed(self.data.source)
         if not self.partition.exclude:
             del tree["partition"]["exclude"]
         for silo in tree["partition"]["silos"]:
             del silo["resources"], silo["labels"]
+            silo["source"] = self.typed(silo["source"])
         threads = {name: getattr(self.resources, name).threads for name in ("client", "synthesis", "classifier")}
         tree["resources"] = {"classifier_workers": self.resources.classifier_workers, "threads": threads}
         return tree

@@ -96,11 +96,12 @@ class SiloConfig(Section):
 class PartitionConfig(Section):
     """How the training images are dealt to the clients."""
 
-    scheme: Literal["silos", "pathological", "dirichlet", "skew", "natural"] = "silos"
+    scheme: Literal["silos", "pathological", "dirichlet", "iid", "skew", "natural"] = "silos"
     """`silos`: one class a client; `pathological`: k classes a client; `dirichlet`: shares drawn from
-    Dirichlet(alpha); `skew`: the explicit counts below; `natural`: every client has a source of its own."""
+    Dirichlet(alpha); `iid`: all images shuffled, the same number a client; `skew`: the explicit counts below;
+    `natural`: every client has a source of its own."""
     clients: int | None = Field(None, ge=1)
-    """Number of clients; default: one a class (`silos`, `pathological`, `dirichlet`)."""
+    """Number of clients; default: one a class (`silos`, `pathological`, `dirichlet`, `iid`)."""
     classes_per_client: int = Field(2, ge=1)
     """k of `pathological`."""
     alpha: float = Field(0.1, gt=0)

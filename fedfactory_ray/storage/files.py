@@ -6,22 +6,36 @@ import hashlib
 import json
 import os
 import posixpath
+import re
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from pyarrow import fs
 
+from fedfactory_ray.errors import StorageError
+
 TEMPORARY = ".tmp"
+NEEDED = "a local path, or an address such as s3://bucket/folder, gs://bucket/folder or file:///folder"
+MISTYPED = re.compile(r"(s3|gs|gcs|abfss?|hdfs|file)(:/?|//)(?!/)")
 
 
 class Storage:
-    """Files below one folder, by relative path. Pickles as its URI, so that workers open it themselves."""
+    """Files below one folder, by relative path. Pickles as its URI, so that workers open it themselves.
+
+    Raises StorageError for an address that tells no file system, and for a folder that cannot be written to.
+    """
 
     def __init__(self, uri: str) -> None:
+        if MISTYPED.match(uri):
+            raise StorageError(uri, "an address without ://", NEEDED)
         self.uri = uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
-        self.filesystem, self.root = fs.FileSystem.from_uri(self.uri)
+        try:
+            self.filesystem, self.root = fs.FileSystem.from_uri(self.uri)
+        except (ValueError, OSError) as error:  # pyarrow's too
+            raise StorageError(self.uri, _line(error), NEEDED) from error
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
         return Storage, (self.uri,)
@@ -46,6 +60,23 @@ class Storage:
         address, options = _split(self.uri)
         return Storage(posixpath.dirname(address.rstrip("/")) + options)
 
+    def check(self) -> None:
+        """Raise StorageError where nothing could be written here, and write nothing."""
+        if isinstance(self.filesystem, fs.LocalFileSystem):
+            there = next(place for place in (Path(self.root), *Path(self.root).parents) if place.exists())
+            if not there.is_dir():
+                raise StorageError(self.uri, f"{there} is a file", "a folder")
+            if not os.access(there, os.W_OK | os.X_OK):
+                raise StorageError(self.uri, f"{there} may not be written", "a folder of your own")
+            return
+        bucket = self.root.partition("/")[0]
+        try:
+            there = self.filesystem.get_file_info(bucket).type
+        except OSError as error:
+            raise StorageError(self.uri, _line(error), f"a bucket {bucket} that may be read and written") from error
+        if there == fs.FileType.NotFound:
+            raise StorageError(self.uri, f"no bucket {bucket}", "a bucket that is there")
+
     def exists(self, name: str) -> bool:
         """Whether a file of that name is there, whole."""
         return bool(self.filesystem.get_file_info(self.path(name)).type == fs.FileType.File)
@@ -66,8 +97,11 @@ class Storage:
         """A stream into a temporary file, which takes its name when the block ends well and is deleted otherwise."""
         target = self.path(name)
         temporary = f"{target}.{uuid.uuid4().hex}{TEMPORARY}"
-        self.filesystem.create_dir(posixpath.dirname(target), recursive=True)
-        stream = self.filesystem.open_output_stream(temporary)
+        try:
+            self.filesystem.create_dir(posixpath.dirname(target), recursive=True)
+            stream = self.filesystem.open_output_stream(temporary)
+        except OSError as error:
+            raise StorageError(self.uri, _line(error), "a place that may be written") from error
         try:
             with stream:
                 yield stream
@@ -130,6 +164,11 @@ class Storage:
     def read_json(self, name: str) -> Any:
         """Read a JSON file."""
         return json.loads(self.read(name))
+
+
+def _line(error: Exception) -> str:
+    """The first line of what a file system says."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _split(uri: str) -> tuple[str, str]:

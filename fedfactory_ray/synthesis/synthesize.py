@@ -11,7 +11,7 @@ import numpy as np
 import ray
 from ray.exceptions import ObjectLostError, RayActorError
 
-from fedfactory_ray.cluster.failures import out_of_memory_refused
+from fedfactory_ray.cluster.failures import failures_refused
 from fedfactory_ray.cluster.plan import Worker
 from fedfactory_ray.cluster.stored import find_all
 from fedfactory_ray.generation.card import Modules
@@ -82,7 +82,7 @@ class Synthesizer:
         from fedfactory_ray.generation.canary import canary
 
         key = (unit.client, unit.label)
-        with out_of_memory_refused(f"drawing from the module of client {unit.client!r}, class {unit.label}", REMEDY):
+        with failures_refused(f"drawing from the module of client {unit.client!r}, class {unit.label}", REMEDY):
             images = self.drawing(key).draw(unit.n, unit.seed)
         made_of, made_by = unit.fingerprint(self.config, self.modules[key].card), canary(self.device, self.precision)
         return write_shard(self.target, unit, images, made_of, made_by)

@@ -23,10 +23,10 @@ class Bars:
         self.started = self.printed = time.monotonic()
         self.parts: dict[str, TaskID] = {}
         self.progress = Progress(
-            TextColumn("{task.description:<24}"),
+            TextColumn("{task.description:<24}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
             TimeElapsedColumn(),
             console=console,
             disable=not console.is_terminal,
@@ -35,7 +35,7 @@ class Bars:
 
     def __enter__(self) -> Self:
         if not self.console.is_terminal:
-            self.console.print(f"{self.title} ({self.total} {self.unit})", highlight=False)
+            self._line(f"{self.title} ({self.total} {self.unit})")
         self.progress.start()
         return self
 
@@ -48,10 +48,11 @@ class Bars:
         now = time.monotonic()
         if not self.console.is_terminal and now - self.printed > LINE_SECONDS:
             seconds = now - self.started
-            self.console.print(
-                f"  {self.title}: {done}/{self.total} {self.unit} in {seconds:.0f} s {note}", highlight=False
-            )
+            self._line(f"  {self.title}: {done}/{self.total} {self.unit} in {seconds:.0f} s {note}")
             self.printed = now
+
+    def _line(self, text: str) -> None:
+        self.console.print(text, markup=False, emoji=False, highlight=False)
 
     def part(self, name: str, done: int, total: int, note: str = "") -> None:
         """Set a part's progress; a finished part leaves the screen."""
@@ -69,7 +70,7 @@ class Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """See logging.Handler."""
-        self.console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+        self.console.print(self.format(record), markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 @contextmanager

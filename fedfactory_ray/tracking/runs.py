@@ -29,8 +29,10 @@ FLUSH_SECONDS = 5.0
 
 
 def tracking_uri(config: Config) -> str:
-    """Where runs are logged: the config's URI, else MLFLOW_TRACKING_URI, else a local sqlite file."""
-    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or "sqlite:///mlflow.db"
+    """Where runs are logged: the config's URI, else MLFLOW_TRACKING_URI, else a local sqlite file; `~` in a sqlite
+    file's path is the user's home."""
+    uri = config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"{SQLITE}mlflow.db"
+    return SQLITE + os.path.expanduser(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else uri
 
 
 class Run:

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from io import StringIO
 
 from rich.console import Console
-from rich.table import Table
 
 from fedfactory_ray.storage.layout import BEST_CONFIG
 from fedfactory_ray.tracking.runs import Run
+from fedfactory_ray.tracking.table import PlainTable
 from fedfactory_ray.tuning.record import Outcome, Record
 from fedfactory_ray.tuning.search import overrides
 
@@ -64,9 +64,9 @@ class Study:
         return overrides(self.lines[0].settings)
 
 
-def study_table(study: Study) -> Table:
+def study_table(study: Study) -> PlainTable:
     """The table at the end."""
-    table = Table(title=f"{study.name}, best first", title_justify="left")
+    table = PlainTable(title=f"{study.name}, best first", title_justify="left")
     fields = list(study.lines[0].settings)
     short = [name.rpartition(".")[2] for name in fields]
     for name in short if len(set(short)) == len(short) else fields:

@@ -242,7 +242,7 @@ class Watch(tune.Callback):
     def fail(self, index: int, error: BaseException) -> None:
         """A trial has failed; the next start tries it again."""
         self.records[index].outcome = "failed"
-        self.session.console.print(f"trial {index + 1} failed: {error}", markup=False)
+        self.session.console.print(f"trial {index + 1} failed: {error}", markup=False, emoji=False)
         self.run(index).text(str(error), "error.txt")
         self._close(index, "FAILED")
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from rich.table import Table
 
 from fedfactory_ray.pipeline.session import Session
 from fedfactory_ray.storage.layout import CERTIFICATE
 from fedfactory_ray.tracking import plots
+from fedfactory_ray.tracking.table import PlainTable
 from fedfactory_ray.unlearning.certificate import Certificate
 from fedfactory_ray.unlearning.facts import Facts
 
@@ -42,11 +42,11 @@ def log_certificate(session: Session, certificate: Certificate) -> None:
     run.text(certificate.to_json().decode(), CERTIFICATE)
 
 
-def certificate_table(certificate: Certificate) -> Table:
+def certificate_table(certificate: Certificate) -> PlainTable:
     """What a person wants to know of a fulfilled request."""
     request, spent, share = certificate.request, certificate.cost["spent"], certificate.cost["share"]
     method = certificate.after.main_method
-    table = Table(title=f"forgotten · {', '.join(request.exclude)}", title_justify="left", show_header=False)
+    table = PlainTable(title=f"forgotten · {', '.join(request.exclude)}", title_justify="left", show_header=False)
     table.add_row("run", f"{request.run} (deleted) → {request.successor}")
     for kind, gone in certificate.deleted.items():
         table.add_row(f"deleted {kind}", str(len(gone)))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from fedfactory_ray.errors import UnlearningError
+from fedfactory_ray.settings.names import allowed_name
+from fedfactory_ray.settings.sections import NAME
 
 LONGEST_NAME = 60
 
@@ -60,7 +63,8 @@ def make_request(
     """The request to forget `clients` of a run, or of each only `classes`; all of a client's classes are the client.
 
     `held` are the run's clients and the classes of each, `gone` its `partition.exclude`. The default successor's name
-    tells what went. Raises UnlearningError for whom the run does not have, and where nobody would be left.
+    tells what went. Raises UnlearningError for whom the run does not have, where nobody would be left, and for a
+    successor that may not have its name.
     """
     entries = []
     for client in sorted(set(clients)):
@@ -82,5 +86,8 @@ def make_request(
     told = "-".join(entry.replace("/", ".") for entry in entries)
     if len(told) > LONGEST_NAME:
         told = f"{len(entries)}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
+    if successor is not None and not re.fullmatch(NAME, successor):
+        raise UnlearningError(f"--name {successor!r}", "letters, digits and ._- (it names a folder)")
+    successor = successor or f"{allowed_name(run, otherwise='run')}-without-{told}"
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return Request(run, tuple(sorted(entries)), successor or f"{run}-without-{told}", asked_by, now)
+    return Request(run, tuple(sorted(entries)), successor, asked_by, now)
