@@ -12,6 +12,8 @@ import argparse
 import re
 import sys
 
+from pydantic import ValidationError
+
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.settings.command_line import exit_status, job_console, parse
 from fedfactory_ray.settings.sections import NAME, DataConfig, PartitionConfig
@@ -37,7 +39,11 @@ def main() -> None:
     if not re.fullmatch(NAME, options.client):
         raise ConfigError([f"--client {options.client!r}: needed letters, digits and ._- (it names a folder)"])
     names = {"class_names": options.class_names} if options.class_names else {}
-    data = DataConfig.model_validate(config.data.model_dump() | {"source": options.data} | names)
+    try:
+        data = DataConfig.model_validate(config.data.model_dump() | {"source": options.data} | names)
+    except ValidationError as error:
+        problems = [f"--data or --class-names: {problem['msg']}" for problem in error.errors()]
+        raise ConfigError(problems) from error
     config = config.model_copy(update={"data": data, "partition": PartitionConfig(), "modules": None})
     from fedfactory_ray.pipeline.export import export_modules
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from rich.console import Console
 from fedfactory_ray.baselines.client import FederatedClient
 from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.data.source import DataInfo
-from fedfactory_ray.errors import DataInvalidError, ModuleRefusedError
+from fedfactory_ray.errors import ConfigError, DataInvalidError, ModuleRefusedError
 from fedfactory_ray.federation.client import ClientSlot
 from fedfactory_ray.federation.round import run_round
 from fedfactory_ray.generation.card import module_fingerprint, read_cards
@@ -28,6 +29,7 @@ from fedfactory_ray.settings.config import Config
 from fedfactory_ray.settings.sections import DataConfig
 from fedfactory_ray.storage.artefact import fingerprint, keep
 from fedfactory_ray.storage.files import Storage
+from jobs import train_client
 
 SHADES = {"circle": 40, "square": 120, "star": 200}
 """Every image of a class has its shade: the wrong class's images are seen at once."""
@@ -176,3 +178,10 @@ def test_the_names_are_facts_of_the_data_alone() -> None:
     assert config.data.class_names == ("a", "b")
     assert config.determining() == Config().determining()
     assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_names_that_repeat_are_refused_at_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = ["--client", "a", "--data", "digits", "--out", "exchange", "--class-names", "one", "one"]
+    monkeypatch.setattr(sys, "argv", ["train_client.py", *asked])
+    with pytest.raises(ConfigError, match="--class-names"):
+        train_client.main()

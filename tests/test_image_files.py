@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -160,6 +161,19 @@ def test_a_class_of_unreadable_files_alone_is_told_what_was_skipped(tmp_path: Pa
 def test_a_validation_split_may_have_any_of_its_names(tmp_path: Path, name: str) -> None:
     info, _ = inspect(source_at(write_folder(tmp_path, splits=("train", name, "test"))))
     assert info.counts["val"] == [3, 3]
+
+
+def test_accents_spelt_in_two_ways_are_one_class_and_capitals_of_splits_do_not_count(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    for split, form in (("train", "NFC"), ("test", "NFD")):
+        (tmp_path / split / "cat").rename(tmp_path / split / unicodedata.normalize(form, "chât"))  # type: ignore[arg-type]
+    (tmp_path / "train").rename(tmp_path / "Train")
+    names = tuple(unicodedata.normalize("NFD", name) for name in ("chât", "dog"))
+    for changes in ({}, {"class_names": names}):
+        info, labels = inspect(source_at(tmp_path, **changes))
+        assert info.class_names == ["chât", "dog"]
+        assert info.counts["test"] == [3, 3]
+        assert labels.tolist() == [0, 0, 0, 1, 1, 1]
 
 
 def test_two_validation_splits_are_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import struct
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
+from unicodedata import normalize
 
 import numpy as np
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
@@ -36,15 +37,14 @@ class ImageFolder:
         self.background = ImageColor.getrgb(background)[:3]
         self._splits: dict[Split, Path] = {}
         for split, names in FOLDERS.items():
-            there = [name for name in names if (path / name).is_dir()]
+            there = [p for p in _folders(path).values() if p.name.lower() in names]
             if len(there) > 1:
-                raise DataInvalidError(
-                    path, f"the folders {' and '.join(there)}", f"one of them, for the {split} split"
-                )
+                found = f"the folders {' and '.join(p.name for p in there)}"
+                raise DataInvalidError(path, found, f"one of them, for the {split} split")
             if there:
-                self._splits[split] = path / there[0]
+                self._splits[split] = there[0]
         first = self._splits.get("train", self._splits.get("test"))
-        self.class_names = class_names or ([] if first is None else [p.name for p in _folders(first)])
+        self.class_names = class_names or ([] if first is None else list(_folders(first)))
         if first is None or not self.class_names:
             raise DataInvalidError(path, self._found(), LAYOUT)
 
@@ -52,7 +52,7 @@ class ImageFolder:
         """What lies here, for a refusal."""
         told = [f"{p.name}/ with {len(_folders(p))} class folders" for p in self._splits.values()]
         told += [f"no {split}/" for split in FOLDERS if split not in self._splits]
-        others = [p.name for p in _folders(Path(self.path)) if p not in self._splits.values()]
+        others = [p.name for p in _folders(Path(self.path)).values() if p not in self._splits.values()]
         few = ", ".join(others[:4]) + f" and {len(others) - 4} more" * (len(others) > 4)
         return ", ".join(told) + f"; folders {few}" * bool(others)
 
@@ -64,7 +64,8 @@ class ImageFolder:
         index = {name: y for y, name in enumerate(self.class_names)}
         skipped["hidden folders"] += sum(hidden(p.name) for p in Path(self.path).iterdir() if p.is_dir())
         for split, folder in self._splits.items():
-            strangers = [p.name for p in _folders(folder) if p.name not in index]
+            classes = _folders(folder)
+            strangers = [name for name in classes if name not in index]
             if strangers:
                 raise DataInvalidError(folder, f"folders {strangers}", f"only the classes {self.class_names}")
             for entry in folder.iterdir():
@@ -72,8 +73,8 @@ class ImageFolder:
                     skipped["hidden folders" if entry.is_dir() else "hidden files"] += 1
                 elif not entry.is_dir():
                     skipped["files beside the class folders"] += 1
-            for name in sorted(index):
-                files[split] += [(file, index[name]) for file in image_files(folder / name, skipped)]
+            for name, of_class in classes.items():
+                files[split] += [(file, index[name]) for file in image_files(of_class, skipped)]
         return files, {kind: n for kind, n in sorted(skipped.items()) if n}
 
     @property
@@ -147,6 +148,7 @@ class ImageFolder:
             return (image.height, image.width, channels)
 
 
-def _folders(folder: Path) -> list[Path]:
-    """Folders in a folder that are no hidden ones, by name."""
-    return sorted((p for p in folder.iterdir() if p.is_dir() and not hidden(p.name)), key=lambda p: p.name)
+def _folders(folder: Path) -> dict[str, Path]:
+    """Folders in a folder that are no hidden ones, by name in its order; a Mac spells accents another way (NFD)."""
+    found = {normalize("NFC", p.name): p for p in folder.iterdir() if p.is_dir() and not hidden(p.name)}
+    return dict(sorted(found.items()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from typing import Annotated, Literal
+from unicodedata import normalize
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -62,7 +63,7 @@ class DataConfig(Section):
     def _classes_differ(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if names is not None and (len(set(names)) < max(2, len(names)) or not all(names)):
             raise ValueError(f"class_names {list(names)}: needed two or more, each another")
-        return names
+        return names and tuple(normalize("NFC", name) for name in names)
 
     @model_validator(mode="after")
     def _source_is_known(self) -> DataConfig:
