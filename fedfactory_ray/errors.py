@@ -31,6 +31,13 @@ class ConfigError(FedFactoryError):
         super().__init__(f"The configuration cannot be used:\n{lines}\nNothing was started.")
 
 
+class UsageError(FedFactoryError):
+    """A command line has what is no option."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join([*problems, "--help lists every option."]))
+
+
 class DataMissingError(FedFactoryError):
     """A data file is not there and could not be downloaded."""
 

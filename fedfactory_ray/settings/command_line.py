@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.text import Text
 
 from fedfactory_ray.errors import ConfigError, FedFactoryError
-from fedfactory_ray.settings.config import MOVED, Config, merge, nested, upgraded
+from fedfactory_ray.settings.arguments import checked, help_text
+from fedfactory_ray.settings.config import Config, merge, nested, upgraded
 from fedfactory_ray.settings.paths import located
 from fedfactory_ray.settings.presets import PRESETS
 from fedfactory_ray.storage.layout import SETTINGS
@@ -27,11 +28,14 @@ SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable that `ray job submit` sets for the job's driver."""
 
 
-def make_config(preset: str = "digits", file: str | None = None, overrides: Sequence[str] = ()) -> Config:
+def make_config(
+    preset: str = "digits", file: str | None = None, overrides: Sequence[str] = (), others: Sequence[str] = ()
+) -> Config:
     """Combine defaults, preset, YAML file and dotted overrides (`["--seed", "1"]`), in that order. Relative paths, the
     file's too, start in this process's folder, where the command was typed.
 
-    Raises ConfigError, which lists every problem at once.
+    Raises ConfigError, which lists every problem at once; and UsageError for what is no setting, where one of the
+    `others`, a job's own options, may be meant.
     """
     if preset not in PRESETS:
         raise ConfigError([f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}"])
@@ -44,13 +48,11 @@ def make_config(preset: str = "digits", file: str | None = None, overrides: Sequ
         if not isinstance(loaded, dict):
             raise ConfigError([f"{file}: found a {type(loaded).__name__}, needed sections such as `generator:`"])
         values = merge(values, upgraded(loaded))
-    return _combine(values, overrides)
+    return _combine(values, overrides, others)
 
 
-def _combine(values: dict[str, Any], overrides: Sequence[str]) -> Config:
-    flags = {f"--{old}": f"--{new}" for old, new in MOVED.items()}
-    split = (argument.partition("=") for argument in overrides)
-    arguments = [f"{flags.get(flag, flag)}{mark}{value}" for flag, mark, value in split]
+def _combine(values: dict[str, Any], overrides: Sequence[str], others: Sequence[str] = ()) -> Config:
+    arguments = checked(overrides, others)
     with _explained():
         return located(CliApp.run(Config, cli_args=arguments, **values))
 
@@ -104,7 +106,8 @@ def parse(
     parser.add_argument("--print-config", action="store_true", help="print the resolved configuration and stop")
     parser.add_argument("-h", "--help", action=_Help, help="show this help and stop")
     options, overrides = parser.parse_known_args(arguments)
-    config = make_config(options.preset, options.config, overrides)
+    own = [option for action in parser._actions for option in action.option_strings]
+    config = make_config(options.preset, options.config, overrides, own)
     if options.print_config:
         print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), end="")
         raise SystemExit(0)
@@ -144,9 +147,10 @@ class _Help(argparse.Action):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
 
     def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
-        lines = "\n".join(f"  {name:16} {preset.description}" for name, preset in PRESETS.items())
+        lines = "\n".join(f"  {name:22} {preset.description}" for name, preset in PRESETS.items())
         print(f"{parser.format_help()}\npresets:\n{lines}\n\nEvery setting, with its default (preset `digits`):\n")
-        CliApp.run(Config, cli_args=["--help"])
+        print(help_text())
+        parser.exit()
 
 
 @contextmanager
