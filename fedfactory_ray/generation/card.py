@@ -67,7 +67,7 @@ def module_fingerprint(
 ) -> str:
     """What determines a module: settings, the arithmetic that `generator.precision` comes to where it is trained, torch
     threads, its seed, and its images, which stand for their indices too."""
-    settings = generator.model_dump(mode="json", exclude={"precision"})
+    settings = {name: value for name, value in generator.determining().items() if name != "precision"}
     return fingerprint(ModuleCard.kind, settings, precision, threads, seed, images_sha256)
 
 

@@ -150,10 +150,10 @@ class Config(BaseSettings):
         """
         chosen = {"architecture", "experts", "baselines", "federated", "modules"}
         tree = self.model_dump(mode="json", exclude={"name", "folder", "storage", "tracking", "resources", *chosen})
+        tree |= {name: getattr(self, name).determining() for name in ("data", "generator", "sampler")}
         # Class names determine which images a class has, and these count by their bytes.
-        del tree["data"]["root"], tree["data"]["download"], tree["data"]["class_names"]
-        if self.data.background == DataConfig().background:
-            del tree["data"]["background"]  # earlier runs have none
+        for name in ("root", "download", "class_names"):
+            tree["data"].pop(name, None)
         tree["data"]["source"] = self.typed(self.data.source)
         if not self.partition.exclude:
             del tree["partition"]["exclude"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 from unicodedata import normalize
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -18,10 +18,20 @@ class Section(BaseModel):
     """Base of all sections: frozen, and no unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    added: ClassVar[frozenset[str]] = frozenset()
+    """Fields that came later; by default they change nothing of what versions without them made."""
+
+    def determining(self) -> dict[str, Any]:
+        """All fields as JSON values, those that came later only where they are not at their default: what was stored
+        before stays found."""
+        fields, tree = type(self).model_fields, self.model_dump(mode="json")
+        return {name: value for name, value in tree.items() if name not in self.added or value != fields[name].default}
 
 
 class DataConfig(Section):
     """Where the images come from."""
+
+    added = frozenset({"background", "class_names"})
 
     source: str = "digits"
     """`digits`, `cifar10`, `medmnist:<flag>`, a path to an .npz in MedMNIST's layout, or to a folder with
@@ -150,6 +160,8 @@ class PartitionConfig(Section):
 class GeneratorConfig(Section):
     """The generative module of one class: a diffusers UNet2DModel under EDM (Karras et al. 2022)."""
 
+    added = frozenset({"head_channels", "images_at_once"})
+
     channels: tuple[int, ...] = (16, 32)
     """Channels of each level; the resolution halves between levels."""
     layers_per_block: int = Field(1, ge=1)
@@ -231,6 +243,8 @@ class GeneratorConfig(Section):
 
 class SamplerConfig(Section):
     """How images are drawn from noise."""
+
+    added = frozenset({"compile"})
 
     solver: Literal["dpmpp", "dpmpp3m", "heun"] = "dpmpp"
     """`dpmpp`, `dpmpp3m`: DPM-Solver++(2M), (3M), one network evaluation a step; `heun`: EDM's reference, two."""

@@ -35,7 +35,7 @@ class Unit:
         """What determines its images: the module, of that card, how it is drawn from, noise and number. What `auto`
         comes to is told by the module: it was trained in that arithmetic."""
         precision = card.precision if config.generator.precision == "auto" else config.generator.precision
-        drawing = [config.sampler.model_dump(mode="json"), config.synthesis.batch_size, precision]
+        drawing = [config.sampler.determining(), config.synthesis.batch_size, precision]
         return fingerprint("unit", asdict(self), drawing, config.resources.synthesis.threads)
 
 
