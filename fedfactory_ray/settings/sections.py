@@ -47,8 +47,7 @@ class DataConfig(Section):
     background: str = "white"
     """What transparent pixels of image files show: a colour's name, or #rrggbb."""
     class_names: tuple[str, ...] | None = None
-    """Names of all classes, in order: a folder may hold only some of them. Default: as the source tells, the names of a
-    folder's subfolders in order, the numbers of an .npz."""
+    """Names of all classes, in order; a folder may hold some. Default: its subfolders, the numbers of an .npz."""
 
     @property
     def known_resolution(self) -> int | None:
