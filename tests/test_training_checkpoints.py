@@ -72,6 +72,8 @@ def share(storage: Storage, config: Config, source: Any, seconds: float = 60.0) 
 class Pictures:
     """A source of images(seed)."""
 
+    class_names = ("a", "b", "c", "d")
+
     def __init__(self, seed: int = 0) -> None:
         self.pixels = images(seed).numpy()
 
