@@ -16,7 +16,7 @@ from pydantic import ValidationError
 
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.settings.command_line import exit_status, job_console, parse
-from fedfactory_ray.settings.sections import NAME, DataConfig, PartitionConfig
+from fedfactory_ray.settings.data import NAME, DataConfig, PartitionConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

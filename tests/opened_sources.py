@@ -10,7 +10,7 @@ from PIL import Image
 from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.data.source import Source, inspect
 from fedfactory_ray.errors import DataInvalidError
-from fedfactory_ray.settings.sections import DataConfig
+from fedfactory_ray.settings.data import DataConfig
 
 
 def source_at(path: Path, **changes: object) -> Source:

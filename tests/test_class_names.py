@@ -26,7 +26,7 @@ from fedfactory_ray.pipeline.session import open_session
 from fedfactory_ray.pipeline.survey import survey
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
-from fedfactory_ray.settings.sections import DataConfig
+from fedfactory_ray.settings.data import DataConfig
 from fedfactory_ray.storage.artefact import fingerprint, keep
 from fedfactory_ray.storage.files import Storage
 from jobs import train_client

@@ -11,8 +11,8 @@ from fedfactory_ray.cluster.devices import assigned_device
 from fedfactory_ray.cluster.plan import make_plan, placement, refuse_unknown_places, slots
 from fedfactory_ray.errors import ResourcesError
 from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.data import SiloConfig
 from fedfactory_ray.settings.places import ResourcesConfig
-from fedfactory_ray.settings.sections import SiloConfig
 
 LAPTOP = [{"CPU": 2.0}]
 GPUS = [{"CPU": 8.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 1.0, "GPU": 4.0}]

@@ -19,7 +19,8 @@ from fedfactory_ray.generation.sampling import Drawing, image_noise
 from fedfactory_ray.generation.training import TrainingStep, make_accelerator, train_denoiser, update_average
 from fedfactory_ray.generation.unet import Denoiser
 from fedfactory_ray.schedule import warmup_cosine
-from fedfactory_ray.settings.sections import DataConfig, GeneratorConfig, SamplerConfig
+from fedfactory_ray.settings.data import DataConfig
+from fedfactory_ray.settings.sections import GeneratorConfig, SamplerConfig
 
 CPU = torch.device("cpu")
 TINY = {"channels": (8, 16), "min_steps": 30, "max_steps": 30, "batch_size": 16}

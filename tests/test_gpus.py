@@ -19,9 +19,10 @@ from fedfactory_ray.generation.memory import drawing_need, module_need
 from fedfactory_ray.pipeline import gpus
 from fedfactory_ray.pipeline.gpus import Needs, client_demand, modules_here
 from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.data import SiloConfig
 from fedfactory_ray.settings.places import ResourcesConfig
 from fedfactory_ray.settings.presets import PUBLISHED_GENERATOR
-from fedfactory_ray.settings.sections import ClassifierConfig, GeneratorConfig, SiloConfig
+from fedfactory_ray.settings.sections import ClassifierConfig, GeneratorConfig
 
 GB = 10**9
 H100 = Gpu(80 * GB, "bf16")

@@ -11,7 +11,7 @@ from fedfactory_ray.errors import ConfigError, UnlearningError
 from fedfactory_ray.pipeline.session import run_name
 from fedfactory_ray.settings.command_line import make_config, stored_config
 from fedfactory_ray.settings.config import Config
-from fedfactory_ray.settings.sections import NAME, DataConfig
+from fedfactory_ray.settings.data import NAME, DataConfig
 from fedfactory_ray.storage.artefact import fingerprint
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.unlearning.request import make_request

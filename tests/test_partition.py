@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedfactory_ray.data.partition import Partition, held_elsewhere, make_partition, still_held
 from fedfactory_ray.errors import PartitionError
-from fedfactory_ray.settings.sections import PartitionConfig
+from fedfactory_ray.settings.data import PartitionConfig
 
 
 def labels_of(counts: list[int]) -> np.ndarray:
@@ -98,7 +98,7 @@ def test_impossible_partitions_are_refused(config: PartitionConfig, expected: st
 def test_digest_is_the_same_in_another_process_and_tells_seeds_apart() -> None:
     program = (
         "import numpy as np\n"
-        "from fedfactory_ray.settings.sections import PartitionConfig\n"
+        "from fedfactory_ray.settings.data import PartitionConfig\n"
         "from fedfactory_ray.data.partition import make_partition\n"
         "labels = np.arange(300) % 5\n"
         "print(make_partition(PartitionConfig(scheme='dirichlet', alpha=0.3), labels, 5, {seed}).sha256)"

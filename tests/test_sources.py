@@ -16,7 +16,7 @@ from fedfactory_ray.data.readers import ArrayFile, open_source
 from fedfactory_ray.data.source import inspect
 from fedfactory_ray.data.transforms import resize_batch
 from fedfactory_ray.errors import DataInvalidError, DataMissingError
-from fedfactory_ray.settings.sections import DataConfig
+from fedfactory_ray.settings.data import DataConfig
 
 SPLITS = ("train", "val", "test")
 

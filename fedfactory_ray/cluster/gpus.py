@@ -10,7 +10,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from fedfactory_ray.cluster.plan import eligible
-from fedfactory_ray.settings.sections import SiloConfig
+from fedfactory_ray.settings.data import SiloConfig
 
 TINY = 0.0001
 """Of a GPU, to look at it: the smallest part that Ray counts."""

@@ -13,8 +13,8 @@ import ray
 
 from fedfactory_ray.errors import ResourcesError
 from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.data import SiloConfig
 from fedfactory_ray.settings.places import ResourcesConfig, WorkerResources
-from fedfactory_ray.settings.sections import SiloConfig
 
 DATA_CPUS = 1.0
 """CPUs that Ray Data needs beside the classifier's workers: its tasks ask for one, and with less they wait for ever."""

@@ -14,7 +14,7 @@ from fedfactory_ray.data.source import Source
 from fedfactory_ray.errors import PartitionError
 from fedfactory_ray.seeds import random_state
 from fedfactory_ray.settings.config import Config
-from fedfactory_ray.settings.sections import PartitionConfig
+from fedfactory_ray.settings.data import PartitionConfig
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from fedfactory_ray.data.source import Source, Split
 from fedfactory_ray.data.transforms import resize_batch
 from fedfactory_ray.errors import DataInvalidError, DataMissingError
 from fedfactory_ray.seeds import random_state
-from fedfactory_ray.settings.sections import DataConfig
+from fedfactory_ray.settings.data import DataConfig
 
 CHUNK_BYTES = 2**24
 NAMED = "train_images, train_labels, test_images and test_labels: np.savez(file, train_images=x_train, …)"

@@ -137,19 +137,21 @@ def train_share(
     checkpoint lies there, from which another process goes on. What is there and whole is not trained again. So many
     modules train side by side, `at_once`, which changes no byte of any.
     """
-    waiting = [_train_module(config, source, client, label, places, device, storage) for label, places in share.items()]
-    running: list[Iterator[Progress | tuple[ModuleCard, bytes, float] | None]] = []
+    waiting = [
+        (label, _train_module(config, source, client, label, places, device, storage))
+        for label, places in share.items()
+    ]
+    running: list[tuple[int, Iterator[Progress | tuple[ModuleCard, bytes, float] | None]]] = []
     while waiting or running:
         while waiting and len(running) < at_once:
             running.append(waiting.pop(0))
-        for module in list(running):
-            try:
+        for label, module in list(running):
+            with failures_refused(f"client {client!r}, class {label}, training its module", MODULE_REMEDY):
                 event = next(module)
-            except StopIteration:
-                running.remove(module)
-            else:
-                if event is not None:
-                    yield event
+            if isinstance(event, tuple):  # its last
+                running.remove((label, module))
+            if event is not None:
+                yield event
 
 
 def modules_at_once(generator: GeneratorConfig) -> int:
@@ -167,20 +169,8 @@ def _train_module(
     device: torch.device,
     storage: Storage,
 ) -> Iterator[Progress | tuple[ModuleCard, bytes, float] | None]:
-    """Train one of a client's modules; None after a step that has no news, for others to take a turn."""
-    with failures_refused(f"client {client!r}, class {label}, training its module", MODULE_REMEDY):
-        yield from _train_here(config, source, client, label, places, device, storage)
-
-
-def _train_here(
-    config: Config,
-    source: Source,
-    client: str,
-    label: int,
-    places: np.ndarray,
-    device: torch.device,
-    storage: Storage,
-) -> Iterator[Progress | tuple[ModuleCard, bytes, float] | None]:
+    """Train one of a client's modules, whose card, weights and seconds come last; None after a step that has no news,
+    for others to take a turn."""
     import torch
 
     from fedfactory_ray.cluster.devices import resolve_precision

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.errors import CardError, DataMissingError, ModuleRefusedError
 from fedfactory_ray.generation.card import ModuleCard
-from fedfactory_ray.settings.sections import NAME, GeneratorConfig
+from fedfactory_ray.settings.data import NAME
+from fedfactory_ray.settings.sections import GeneratorConfig
 from fedfactory_ray.storage.artefact import keep
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import CARD, MODULE_CARD, MODULES, WEIGHTS, module_folder

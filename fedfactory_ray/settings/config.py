@@ -12,15 +12,13 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from fedfactory_ray.settings.data import NAME, DataConfig, PartitionConfig
 from fedfactory_ray.settings.places import ResourcesConfig, StorageConfig, TrackingConfig
 from fedfactory_ray.settings.sections import (
-    NAME,
     ClassifierConfig,
-    DataConfig,
     ExpertsConfig,
     FederatedConfig,
     GeneratorConfig,
-    PartitionConfig,
     SamplerConfig,
     SynthesisConfig,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 
-from fedfactory_ray.settings.sections import NAME
+from fedfactory_ray.settings.data import NAME
 
 
 def allowed_name(text: str, otherwise: str) -> str:

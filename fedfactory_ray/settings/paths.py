@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from fedfactory_ray.settings.config import Config, merge, nested
-from fedfactory_ray.settings.sections import NATIVE_RESOLUTION
+from fedfactory_ray.settings.data import NATIVE_RESOLUTION
 
 
 def is_relative(path: str) -> bool:

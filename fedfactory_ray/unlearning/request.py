@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fedfactory_ray.errors import UnlearningError
+from fedfactory_ray.settings.data import NAME
 from fedfactory_ray.settings.names import allowed_name
-from fedfactory_ray.settings.sections import NAME
 
 LONGEST_NAME = 60
 
