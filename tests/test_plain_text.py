@@ -46,6 +46,9 @@ def test_tables_show_names_as_they_are() -> None:
     text = shown(table)
     assert all(text.count(name) >= 2 for name in ODD), text
 
+    table.add_row(None, "second")
+    assert [str(column._cells[-1]) for column in table.columns[:2]] == ["", "second"]  # a blank cell keeps its place
+
     found = Comparison("[run]", "x", [], {}, missing=("[a]",), diverged=("[/b]",))
     text = shown(comparison_table(found))
     assert all(name in text for name in ("[run]", "[a]", "[/b]")), text

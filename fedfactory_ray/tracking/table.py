@@ -13,10 +13,7 @@ class PlainTable(Table):
     """A table that shows texts as they are, where rich would parse `[x]` and `:x:` in the names that people give."""
 
     def __init__(self, *headers: str, title: str | None = None, **look: Any) -> None:
-        super().__init__(
-            title=None if title is None else Text(title, "table.title"),
-            **look,
-        )
+        super().__init__(title=None if title is None else Text(title, "table.title"), **look)
         for header in headers:
             self.add_column(header)
 
@@ -26,7 +23,7 @@ class PlainTable(Table):
 
     def add_row(self, *cells: RenderableType | None, **look: Any) -> None:
         """See Table."""
-        super().add_row(*(_plain(cell) for cell in cells if cell is not None), **look)
+        super().add_row(*(None if cell is None else _plain(cell) for cell in cells), **look)
 
 
 def _plain(cell: RenderableType) -> RenderableType:
