@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import statistics
 import time
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fedfactory_ray.classification.batches import HeldBatches
@@ -23,6 +22,7 @@ from fedfactory_ray.classification.fitting import Fit
 from fedfactory_ray.cluster.devices import prepare_process, resolve_precision
 from fedfactory_ray.cluster.environment import environment
 from fedfactory_ray.data.source import Task
+from fedfactory_ray.generation.module import digest, pack
 from fedfactory_ray.generation.sampling import Drawing
 from fedfactory_ray.generation.training import Training
 from fedfactory_ray.generation.unet import Denoiser
@@ -33,6 +33,7 @@ from fedfactory_ray.synthesis.shard import image_table
 
 CHUNKS, CHUNK_SECONDS = 3, 0.6
 ON_CPU = ("digits", "fit")
+"""Parts that are measured by default."""
 ON_GPU = ("digits", "short", "fit", "published")
 SIDE_BY_SIDE = 8
 DRAWN = {"cuda": 250, "cpu": 50}
@@ -231,18 +232,10 @@ def side_by_side(bench: Bench, chosen: Network) -> None:
     )
 
 
-def digest(module: nn.Module) -> str:
-    """SHA-256 of a network's weights."""
-    state = module.state_dict()
-    return hashlib.sha256(
-        b"".join(state[k].detach().float().cpu().numpy().tobytes() for k in sorted(state))
-    ).hexdigest()
-
-
 def repeated(bench: Bench, chosen: Network, steps: int = 8) -> None:
-    """Whether a training repeats bit for bit: again, interrupted, beside another; and a drawing, also of fewer."""
+    """Whether a training repeats bit for bit: again, interrupted, beside another; and a drawing."""
 
-    def trained(interrupted: bool = False, beside: Training | None = None) -> Denoiser:
+    def trained(interrupted: bool = False, beside: Training | None = None) -> tuple[Denoiser, str]:
         training = training_of(bench, chosen)
         while training.step < steps:
             if interrupted and training.step == steps // 2:
@@ -254,13 +247,13 @@ def repeated(bench: Bench, chosen: Network, steps: int = 8) -> None:
             if beside is not None:
                 beside.descend()
         bench.wait()
-        return training.average.eval()
+        return training.average.eval(), digest(pack(training.average, half=False))
 
-    first = trained()
-    figures = {"digest": digest(first)[:16], "again": digest(trained()) == digest(first)}
-    figures["interrupted"] = digest(trained(interrupted=True)) == digest(first)
+    first, weights = trained()
+    figures = {"digest": weights[:16], "again": trained()[1] == weights}
+    figures["interrupted"] = trained(interrupted=True)[1] == weights
     if not chosen.generator.dropout:
-        figures["beside another"] = digest(trained(beside=training_of(bench, chosen, 1))) == digest(first)
+        figures["beside another"] = trained(beside=training_of(bench, chosen, 1))[1] == weights
     size, drawing = DRAWN[bench.device.type], drawing_of(bench, chosen, first)
     # A first batch is launched as it is, a sixth replayed.
     images, again = drawing.draw(6 * size, seed=1), drawing.draw(size + 1, seed=1)
@@ -279,7 +272,7 @@ def fits(bench: Bench, model: str, images: int = 8192) -> None:
         held = HeldBatches(table, (32, 32, 3), recipe.batch_size, 0, 0, 1)
         fit = Fit(recipe, Task(10, 3, 32), images // recipe.batch_size, 0, bench.device)
         spent = list(timed(fit.epochs(held, held)))
-        return digest(fit.network), spent[-1]
+        return digest(pack(fit.network, half=False)), spent[-1]
 
     bench.gigabytes()
     (first, _), (second, seconds) = fitted(), fitted()

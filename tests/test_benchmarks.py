@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from benchmarks import choices, cost
+from benchmarks import choices, cost, device
 from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.generation import sampling, training
 from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.sections import GeneratorConfig, SamplerConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -42,6 +45,25 @@ def test_bare_loops_train_every_module_and_draw_every_image(config: Config, monk
     assert cost.bare_drawing(config, (8, 8, 1), [10, 7]) > 0
     assert drawn == [10, 7]
     assert cost.bare_fit(config, (8, 8, 1), 3, 60) > 0
+
+
+def test_a_device_is_told_whether_it_repeats(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    bench = device.Bench(torch.device("cpu"), 60, file)
+    tiny = {"channels": (8,), "batch_size": 4, "min_steps": 4, "max_steps": 4}
+    device.repeated(bench, device.Network("tiny", GeneratorConfig(**tiny), SamplerConfig(evaluations=2), 8, 1), 4)
+    (row,) = json.loads(file.read_text())
+    assert row.pop("what") == "repeated, tiny"
+    assert len(row.pop("digest")) == 16
+    assert row == dict.fromkeys(("again", "interrupted", "beside another", "drawn again"), True)
+
+
+def test_the_devices_benchmark_names_what_no_time_was_left_for(tmp_path: Path) -> None:
+    file = tmp_path / "figures.json"
+    command = [sys.executable, "-m", "benchmarks", "device", "--parts", "digits", "--seconds", "0", "--out", str(file)]
+    subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    told = [row["what"] for row in json.loads(file.read_text())]
+    assert told == ["environment", "limits"] + ["digits: left out, time is over"] * 4
 
 
 def test_an_expert_is_fitted_from_a_runs_synthetic_images(undisturbed_folder: Path) -> None:

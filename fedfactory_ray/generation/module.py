@@ -7,7 +7,7 @@ import hashlib
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedfactory_ray.errors import ModuleRefusedError
 from fedfactory_ray.generation.card import ModuleCard
@@ -15,11 +15,11 @@ from fedfactory_ray.generation.unet import Denoiser
 from fedfactory_ray.settings.sections import GeneratorConfig
 
 
-def pack(denoiser: Denoiser, *, half: bool) -> bytes:
+def pack(network: nn.Module, *, half: bool) -> bytes:
     """Weights as safetensors; with `half`, matrices and filters as float16 (vectors and scalars stay float32)."""
     tensors = {
         name: tensor.detach().cpu().to(torch.float16 if half and tensor.ndim > 1 else torch.float32).contiguous()
-        for name, tensor in denoiser.state_dict().items()
+        for name, tensor in network.state_dict().items()
     }
     return safetensors.torch.save(tensors)
 
