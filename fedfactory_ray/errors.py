@@ -92,6 +92,13 @@ class ResourcesError(FedFactoryError):
         )
 
 
+class ClusterGoneError(FedFactoryError):
+    """No Ray cluster answers where one should be, or no longer."""
+
+    def __init__(self, found: str, remedy: str) -> None:
+        super().__init__(f"The cluster is gone: {found}.\n  try:    {remedy}")
+
+
 class GpuMemoryError(FedFactoryError):
     """A GPU had no memory left for what somebody computed on it."""
 

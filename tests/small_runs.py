@@ -74,14 +74,15 @@ SOURCES = (readers.Digits, readers.ArrayFile, readers.Cifar10, readers.ImageFold
 """Every kind of source that `open_source` makes."""
 
 
-def opens_nothing(patch: pytest.MonkeyPatch) -> None:
-    """From now on this process may open no source of images, of whatever kind."""
+def reads_no_image(patch: pytest.MonkeyPatch) -> None:
+    """From now on this process may read no image of a source, of whatever kind."""
 
-    def forbidden(*_: Any) -> None:
-        raise AssertionError("the driver opened a source of images")
+    def forbidden(*_: Any, **__: Any) -> None:
+        raise AssertionError("the driver read images")
 
     for kind in SOURCES:
-        patch.setattr(kind, "__init__", forbidden)
+        for name in {"images", "try_images"} & set(vars(kind)):
+            patch.setattr(kind, name, forbidden)
 
 
 def file_digests(folder: Path, pattern: str) -> dict[str, str]:

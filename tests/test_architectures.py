@@ -13,7 +13,7 @@ import mlflow
 import numpy as np
 import pytest
 import ray
-from small_runs import Finished, copy_job, file_digests, opens_nothing, run_here, small_config
+from small_runs import Finished, copy_job, file_digests, reads_no_image, run_here, small_config
 
 from fedfactory_ray.cluster.plan import Worker, start_actor
 from fedfactory_ray.data.source import Task
@@ -52,7 +52,7 @@ def both(cluster: None, undisturbed_folder: Path, folder: Path, data: Path) -> B
     centralised = run_here(small_config(folder, data, baselines=("none",)), folder)
     stamps = {p: p.stat().st_mtime_ns for pattern in MADE for p in centralised.folder.glob(pattern) if p.is_file()}
     with pytest.MonkeyPatch.context() as patch:
-        opens_nothing(patch)
+        reads_no_image(patch)
         finished = run_here(small_config(folder, data, baselines=("none",), architecture="both"), folder)
     return Both(centralised, finished, stamps)
 

@@ -54,7 +54,14 @@ def test_gpus_are_asked_for_where_there_are_any() -> None:
 )
 def test_a_plan_that_would_wait_for_ever_is_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ResourcesError, match=message):
-        make_plan(ResourcesConfig(**settings), LAPTOP)
+        make_plan(ResourcesConfig(**settings), LAPTOP, streams=True)
+
+
+def test_one_cpu_is_enough_where_workers_hold_their_rows() -> None:
+    plan = make_plan(ResourcesConfig(), [{"CPU": 1.0}])
+    assert {worker.slots for worker in vars(plan).values()} == {1}
+    with pytest.raises(ResourcesError, match=r"in_memory_mb"):
+        make_plan(ResourcesConfig(), [{"CPU": 1.0}], streams=True)
 
 
 def node(labels: dict[str, str], alive: bool = True, **resources: float) -> dict[str, Any]:

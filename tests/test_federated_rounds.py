@@ -14,7 +14,7 @@ import ray
 import torch
 from conftest import write_npz
 from in_process import Starts
-from small_runs import opens_nothing
+from small_runs import reads_no_image
 
 from fedfactory_ray.baselines import client as actors
 from fedfactory_ray.baselines.card import Round
@@ -84,7 +84,7 @@ def test_weights_depend_neither_on_the_number_of_actors_nor_on_deaths_and_breaks
     settings = config(data)
     partition = deal(settings, data)
 
-    opens_nothing(monkeypatch)
+    reads_no_image(monkeypatch)
     found: dict[int, dict[str, Any]] = {1: {}, 2: {}}
     for slots in (2, 1):
         storage = Storage(str(tmp_path / str(slots)))

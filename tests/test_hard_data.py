@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -61,6 +62,30 @@ def test_a_truncated_test_image_is_found_by_the_survey(tmp_path: Path) -> None:
         check_files(source_at(tmp_path))
     assert str(file) in str(error.value)
     assert check_files(source_at(tmp_path), seconds=0) == 12, "what there was no time for is counted"
+
+
+def test_a_damaged_test_array_is_found_by_the_survey(tmp_path: Path) -> None:
+    noise = np.random.RandomState(0).randint(0, 256, (60, 32, 32, 1)).astype(np.uint8)
+    arrays = {f"{split}_images": np.resize(noise, (n, 32, 32, 1)) for split, n in (("train", 120), ("val", 60))}
+    file = write_npz(tmp_path / "a.npz", **arrays, test_images=noise)
+    assert check_files(source_at(file)) == 0
+    with zipfile.ZipFile(file) as archive:
+        place = archive.getinfo("test_images.npy").header_offset + 1000
+    content = bytearray(file.read_bytes())
+    content[place : place + 8] = bytes(8)
+    file.write_bytes(content)
+    inspect(source_at(file))
+    with pytest.raises(DataInvalidError, match=r"corrupt file \(test_images"):
+        check_files(source_at(file))
+
+
+def test_further_pictures_of_a_file_are_told(tmp_path: Path) -> None:
+    write_folder(tmp_path)
+    pages = [Image.new("L", (8, 8), shade) for shade in (1, 2, 3)]
+    pages[0].save(tmp_path / "train" / "cat" / "stack.tif", save_all=True, append_images=pages[1:])
+    info, _ = inspect(source_at(tmp_path))
+    assert info.counts["train"] == [4, 3]
+    assert info.skipped == {"further pictures of files that hold several": 2}
 
 
 def test_an_enormous_image_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,9 @@ import ray
 import yaml
 from conftest import write_npz
 
+from fedfactory_ray.errors import DataMissingError
 from fedfactory_ray.pipeline.session import run_name
-from fedfactory_ray.pipeline.survey import survey
+from fedfactory_ray.pipeline.survey import survey, survey_here
 from fedfactory_ray.settings.command_line import SUBMITTED, make_config, parse, stored_config
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
@@ -87,3 +88,30 @@ def test_a_submitted_job_tells_where_its_folder_is(
     assert f"relative paths start in {here}" in capsys.readouterr().out
     parse(["--data.source", "/my.npz"])
     assert "relative" not in capsys.readouterr().out
+
+
+def test_a_submitted_job_tells_that_its_folder_does_not_last(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    parse([])
+    assert "note" not in capsys.readouterr().out, "a person's own folder does"
+    monkeypatch.setenv(SUBMITTED, "{}")
+    parse([])
+    told = capsys.readouterr().out
+    assert f"runs will lie in {here}" in told
+    assert "give --storage.uri" in told
+    assert "MLflow's store will lie in" in told
+    parse(["--storage.uri", "/shared/runs", "--tracking.uri", "http://mlflow:5000"])
+    assert "note" not in capsys.readouterr().out
+
+
+def test_a_file_that_was_not_uploaded_is_told_why(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(overrides=["--data.source", "my.npz"])
+    with pytest.raises(DataMissingError, match=r"my\.npz"):
+        survey_here(config)
+    monkeypatch.setenv(SUBMITTED, "{}")
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    with pytest.raises(DataMissingError, match=r"uploaded without what \.gitignore and \.rayignore name"):
+        survey_here(config)
+    assert survey_here(make_config(overrides=["--data.source", "/shared/my.npz"])) is None, "its nodes may have it"

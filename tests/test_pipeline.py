@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import write_npz
 from rich.console import Console
-from small_runs import SMALL, Finished, copy_job, digests, opens_nothing, run_here, small_config
+from small_runs import SMALL, Finished, copy_job, digests, reads_no_image, run_here, small_config
 
 from fedfactory_ray.errors import ConfigError, DataInvalidError, RunConflictError
 from fedfactory_ray.federation import round as federation_round
@@ -39,7 +39,7 @@ def data(folder: Path) -> Path:
 def finished(cluster: None, folder: Path, data: Path) -> Finished:
     """One whole run, during which the driver may not open the data."""
     with pytest.MonkeyPatch.context() as patch:
-        opens_nothing(patch)
+        reads_no_image(patch)
         resources = SMALL["resources"] | {"max_actors": 2}
         return run_here(small_config(folder, data, baselines=("centralised",), resources=resources), folder)
 

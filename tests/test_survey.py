@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from conftest import write_npz
 from PIL import Image
-from small_runs import SOURCES, opens_nothing
+from small_runs import SOURCES, reads_no_image
 
 from fedfactory_ray.data.readers import open_source
-from fedfactory_ray.pipeline.survey import read_images, survey
+from fedfactory_ray.pipeline.survey import read_images, survey, survey_here, try_files
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.artefact import fingerprint
 
@@ -48,13 +48,20 @@ KINDS = {
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_driver_opens_no_image_of_any_kind_of_source(cluster: None, tmp_path: Path, kind: str) -> None:
+def test_the_driver_reads_no_image_of_any_kind_of_source(cluster: None, tmp_path: Path, kind: str) -> None:
     config = Config.model_validate(KINDS[kind](tmp_path))
     with pytest.MonkeyPatch.context() as patch:
-        opens_nothing(patch)
-        with pytest.raises(AssertionError, match="the driver opened"):
-            open_source(config.data)
+        reads_no_image(patch)
+        with pytest.raises(AssertionError, match="the driver read"):
+            open_source(config.data).images("test")
+        told = survey_here(config)
         info, partition, _ = survey(config)
+        if kind == "natural":
+            assert told is None, "a silo's source is its own nodes' affair"
+        else:
+            assert told is not None
+            assert (told[0], told[1].sha256) == (info, partition.sha256), "this machine sees what a node does"
+        try_files(config)
         partition = read_images(config, partition, info)
     source = open_source(config.data)
     assert type(source).__name__ in (kind, "ArrayFile")
@@ -68,7 +75,7 @@ def test_the_driver_opens_no_image_of_any_kind_of_source(cluster: None, tmp_path
 def test_medmnist_is_such_a_file_and_cifar10_is_refused_by_a_worker(
     cluster: None, real_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    opens_nothing(monkeypatch)
+    reads_no_image(monkeypatch)
     data = {"source": "medmnist:retinamnist", "root": str(real_data), "download": False}
     config = Config.model_validate({"data": data})
     info, partition, _ = survey(config)

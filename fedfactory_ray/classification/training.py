@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 import tempfile
 import threading
@@ -57,7 +56,7 @@ def fit(
     a fit that broke off goes on from its last checkpoint. The best epoch by validation loss is kept. Where the fit is
     `judged`, every epoch also tells of the real validation split.
     """
-    held = fits_in_memory(config, rows.n_images, task.image_shape)
+    held = config.resources.holds(rows.n_images, task.image_shape)
     made_of = fit_fingerprint(config, rows.digest, held=held)
     checkpoints = trainer_folder(name, made_of)
     found = find_all(storage, Classifier, {classifier_folder(name): made_of}).get(classifier_folder(name))
@@ -66,11 +65,6 @@ def fit(
         found = _keep(config, storage, name, made_of, rows, task, result.checkpoint)
     storage.delete_folder(checkpoints)  # those of a start that was killed at its very end, too
     return found
-
-
-def fits_in_memory(config: Config, n_images: int, image_shape: tuple[int, int, int]) -> bool:
-    """Whether each worker holds a training set of such images, instead of reading it anew each epoch."""
-    return n_images * math.prod(image_shape) <= config.resources.in_memory_mb * 2**20
 
 
 def fit_fingerprint(config: Config, rows_digest: str, *, held: bool) -> str:

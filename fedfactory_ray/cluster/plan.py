@@ -11,13 +11,17 @@ from typing import Any
 
 import ray
 
+from fedfactory_ray.cluster.joining import refuse_gone
+from fedfactory_ray.cluster.nodes import alive_nodes, slots, startable_nodes
+from fedfactory_ray.cluster.scaling import Crew, scale_up
 from fedfactory_ray.errors import ResourcesError
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.settings.data import SiloConfig
 from fedfactory_ray.settings.places import ResourcesConfig, WorkerResources
 
 DATA_CPUS = 1.0
-"""CPUs that Ray Data needs beside the classifier's workers: its tasks ask for one, and with less they wait for ever."""
+"""CPUs that Ray Data needs beside the workers of a fit that streams its rows: its tasks ask for one, and with less they
+wait for ever."""
 
 MODULES_AT_ONCE = 8
 """Small modules that keep a GPU busy when they train side by side, in one process or in several."""
@@ -26,8 +30,9 @@ MODULES_AT_ONCE = 8
 def connect(num_cpus: int | None = None) -> None:
     """Join the running cluster (a submitted job, RAY_ADDRESS) or start Ray on this machine, without a flood of logs.
 
-    `num_cpus` is for a Ray that is started here; by default it has the machine's.
+    `num_cpus` is for a Ray that is started here; by default it has the machine's. Raises ClusterGoneError.
     """
+    refuse_gone()
     if ray.is_initialized():
         pass
     elif os.environ.get("RAY_ADDRESS"):
@@ -89,16 +94,6 @@ class Demand:
     modules: int = MODULES_AT_ONCE
 
 
-def slots(nodes: Sequence[Mapping[str, float]], num_cpus: float, num_gpus: float) -> int:
-    """How many workers of these demands fit on the nodes (CPU and GPU totals a node)."""
-    fits = 0
-    for node in nodes:
-        by_cpu = int(node.get("CPU", 0) / num_cpus + 1e-9)
-        by_gpu = int(node.get("GPU", 0)) * int(1 / num_gpus + 1e-9) if num_gpus else by_cpu
-        fits += min(by_cpu, by_gpu)
-    return fits
-
-
 def fraction(sharing: int) -> float:
     """What each of so many workers that share a GPU asks for; Ray counts in ten-thousandths."""
     return (10_000 // sharing) / 10_000
@@ -117,14 +112,19 @@ def make_plan(
     config: ResourcesConfig,
     nodes: Sequence[Mapping[str, float]] | None = None,
     demands: Mapping[str, Demand] | None = None,
+    *,
+    clients: int = 1,
+    streams: bool = False,
 ) -> Plan:
     """Resolve the default GPU counts and refuse what could never run (it would hang instead of failing).
 
-    `nodes` are the resources of the living nodes, by default those of the connected cluster; `demands` are known of
-    `client` and `synthesis`, which by default have a GPU each where there are GPUs.
+    `nodes` are the resources of the living nodes, by default those of the connected cluster, whose autoscaler is first
+    asked for what so many `clients` and the other phases lack; `demands` are known of `client` and `synthesis`, which
+    by default have a GPU each where there are GPUs; `streams` tells that a fit reads rows while it works.
     """
     if nodes is None:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        _scale_up(config, clients)
+        nodes = [node["Resources"] for node in alive_nodes()]
     cpus, gpus = (sum(node.get(kind, 0) for node in nodes) for kind in ("CPU", "GPU"))
     found = f"{len(nodes)} node(s) with {cpus:g} CPUs and {gpus:g} GPUs"
 
@@ -151,13 +151,30 @@ def make_plan(
         resolve("classifier", config.classifier, config.classifier_workers),
     )
     left = cpus - config.classifier_workers * plan.classifier.num_cpus
-    if left < DATA_CPUS:
+    if streams and left < DATA_CPUS:
         raise ResourcesError(
             found,
             f"{config.classifier_workers} × {plan.classifier.num_cpus:g} CPUs to fit and {DATA_CPUS:g} to read data",
-            "a smaller resources.classifier.num_cpus: fractions share a core",
+            "a larger resources.in_memory_mb, which holds the rows, or a smaller resources.classifier.num_cpus: "
+            "fractions share a core",
         )
     return plan
+
+
+def _scale_up(config: ResourcesConfig, clients: int) -> None:
+    able = [*(node["Resources"] for node in alive_nodes()), *startable_nodes()]
+    gpus = any(node.get("GPU") for node in able)
+
+    def crew(wanted: WorkerResources, least: int, most: int) -> Crew:
+        return Crew(wanted.num_cpus, float(gpus) if wanted.num_gpus == "auto" else wanted.num_gpus, least, most)
+
+    many = min(clients, config.max_actors or clients)
+    crews = {
+        "client": crew(config.client, 1, many),
+        "synthesis": crew(config.synthesis, 1, many),
+        "classifier": crew(config.classifier, config.classifier_workers, config.classifier_workers),
+    }
+    scale_up(crews, config.scale_up_seconds)
 
 
 def placement(config: Config, client: str) -> dict[str, Any]:

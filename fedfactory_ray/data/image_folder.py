@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,8 @@ from fedfactory_ray.errors import DataInvalidError
 FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 """A split and the names that its folder may have."""
 LAYOUT = "train/<class>/ and test/<class>/ (val/<class>/ optional) with images, a folder a class"
+STACKS = frozenset({"GIF", "TIFF", "WEBP", "PNG", "AVIF"})
+"""Formats of files that may hold several pictures, of which the first is read."""
 DAMAGES = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
 """What Pillow raises on damaged and on enormous files."""
 
@@ -96,7 +99,7 @@ class ImageFolder:
     @cached_property
     def _mode(self) -> str:
         """`L` where all images are grey, else `RGB`; reads every file's header, and so finds those that are none."""
-        modes, shapes = set(), set()
+        modes, shapes, stacks = set(), set(), 0
         grey_background = len(set(self.background)) == 1
         for files in self._files.values():
             for file, _ in files:
@@ -106,6 +109,10 @@ class ImageFolder:
                     grey = image.mode in ("1", "L", "LA") and (grey_background or not image.has_transparency_data)
                     modes.add("L" if grey else "RGB")
                     shapes.add(image.size)
+                    if image.format in STACKS:
+                        stacks += getattr(image, "n_frames", 1) - 1
+        if stacks:
+            self._listed[1]["further pictures of files that hold several"] = stacks
         if self.resolution is None and len(shapes) > 1:
             raise DataInvalidError(
                 self.path,
@@ -138,6 +145,18 @@ class ImageFolder:
             ground = Image.new("RGBA", image.size, (*self.background, 255))
             image = Image.alpha_composite(ground, image.convert("RGBA"))
         return image.convert(self._mode)
+
+    def try_images(self, split: Split, until: float) -> int:
+        """Decode a split's images, keeping none, until `time.monotonic()` is `until`; returns how many had no turn.
+
+        Raises DataInvalidError.
+        """
+        files = self._files[split]
+        for tried in range(len(files)):
+            if time.monotonic() >= until:
+                return len(files) - tried
+            self.images(split, np.array([tried]))
+        return 0
 
     def image_shape(self) -> tuple[int, int, int]:
         """See Source."""

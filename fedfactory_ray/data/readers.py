@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
+import time
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -51,6 +53,22 @@ def _open(config: DataConfig) -> Source:
     if path.is_dir():
         return ImageFolder(path, config.resolution, names, config.background)
     return ArrayFile(path, config.resolution, names)
+
+
+def is_here(config: DataConfig) -> bool:
+    """Whether this machine has the files of the source that `config` names. Opens none of them."""
+    name, root = config.source, Path(config.root).expanduser()
+    if name == "digits":
+        return True
+    if name == "cifar10":
+        return (root / "cifar-10-batches-py").is_dir()
+    if name.startswith("medmnist:"):
+        return (root / _medmnist_name(config)).is_file()
+    return Path(name).expanduser().exists()
+
+
+def _medmnist_name(config: DataConfig) -> str:
+    return f"{config.source.partition(':')[2]}{'' if config.size == 28 else f'_{config.size}'}.npz"
 
 
 class Digits:
@@ -174,6 +192,19 @@ class ArrayFile:
             return np.empty((0, *self.image_shape()), np.uint8)
         return resize_batch(images if images.ndim == 4 else images[..., None], self.resolution)
 
+    def try_images(self, split: Split, until: float) -> int:
+        """Decompress a split's images, which checks their CRC, keeping none, until `time.monotonic()` is `until`.
+
+        Returns how many had no turn. Raises DataInvalidError.
+        """
+        with self._open(f"{split}_images") as (member, shape, _):
+            read = 0
+            while chunk := member.read(CHUNK_BYTES):
+                read += len(chunk)
+                if time.monotonic() >= until:
+                    return max(0, shape[0] - read // max(1, math.prod(shape[1:])))
+        return 0
+
     def image_shape(self) -> tuple[int, int, int]:
         """See Source."""
         shapes = set()
@@ -245,7 +276,7 @@ def _medmnist_file(config: DataConfig) -> Path:
 
     flag = config.source.partition(":")[2]
     suffix = "" if config.size == 28 else f"_{config.size}"
-    info, path = INFO[flag], Path(config.root).expanduser() / f"{flag}{suffix}.npz"
+    info, path = INFO[flag], Path(config.root).expanduser() / _medmnist_name(config)
     url, checksum = info[f"url{suffix}"], info[f"MD5{suffix}"]
     if config.download and not path.exists():
         try:

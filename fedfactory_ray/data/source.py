@@ -113,4 +113,4 @@ def inspect(source: Source, *, trains: bool = True, tests: bool = True) -> tuple
         mend = "; data.resolution cuts their centre square" if channels in (1, 3) else ""
         found = f"images of {height}×{width} with {channels} channels"
         raise DataInvalidError(source.path, found, f"square images, grey or RGB{mend}")
-    return DataInfo(source.class_names, height, channels, counts, skipped), source.labels("train")
+    return DataInfo(source.class_names, height, channels, counts, dict(source.skipped)), source.labels("train")

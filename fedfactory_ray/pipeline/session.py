@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,14 +16,18 @@ import ray
 from rich.console import Console
 
 from fedfactory_ray.cluster.failures import find_refusal
+from fedfactory_ray.cluster.joining import refuse_gone
 from fedfactory_ray.cluster.plan import Plan, connect, make_plan
+from fedfactory_ray.cluster.scaling import release
+from fedfactory_ray.cluster.watchdog import Watchdog
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import DataInfo
-from fedfactory_ray.errors import ForgottenError, RunConflictError
+from fedfactory_ray.errors import FedFactoryError, ForgottenError, RunConflictError
 from fedfactory_ray.federation.exchange import import_modules, set_sha256
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.pipeline.gpus import plan_gpus
-from fedfactory_ray.pipeline.survey import read_images, survey
+from fedfactory_ray.pipeline.survey import read_images, streams, survey, survey_here, try_files
+from fedfactory_ray.settings.command_line import print_refusal
 from fedfactory_ray.settings.config import MOVED, Config, flatten
 from fedfactory_ray.settings.names import allowed_name
 from fedfactory_ray.storage.artefact import fingerprint
@@ -96,44 +100,80 @@ def open_session(
     storage = Storage(config.storage.uri).within(name)
     storage.check()
     refuse_forgotten(storage, forgetting=forgetting)
-    with ThreadPoolExecutor(1) as background, log_lines(console):
+    refuse_gone()
+    with log_lines(console), ThreadPoolExecutor(1) as background, ExitStack() as ending:
+        found = survey_here(config)
+        # MLflow's import takes seconds; it gets a run when nothing is left that could be refused.
+        store = background.submit(tracking.tracking_client, config)
+        connect()
+        ending.callback(release)
+        logged: Future[tracking.Run] | None = None
+
+        def last_words(refusal: FedFactoryError) -> None:
+            if logged is not None and logged.done() and logged.exception() is None:
+                logged.result().end("FAILED", str(refusal))
+            print_refusal(refusal)
+
+        watchdog = ending.enter_context(Watchdog(last_words))
+        ending.enter_context(refusals())
+        info, partition, cards = found or survey(config)
+        try_files(config)
+        if draws:
+            check_validation(config, partition)
+        clients, streamed = len(partition.clients), streams(config, info, partition)
+        plan = make_plan(config.resources, clients=clients, streams=streamed)
+        claim(config.determining() | ({"modules": set_sha256(cards)} if cards else {}), storage)
+        storage.clean()
+        storage.write_json(SETTINGS, config.model_dump(mode="json") | {"name": name})
+        save_partition(storage, partition)
+        config = config.with_class_names(info.class_names)
+        if config.modules is not None:
+            import_modules(config.modules, storage, cards)
+        else:
+            partition = read_images(config, partition, info)
+        plan, shared = plan_gpus(config, plan, info, partition)
+        store.result()
         logged = background.submit(tracking.start_run, config, name, storage.uri, parent)
-        status = "FAILED"
-        try:
-            connect()
-            plan = make_plan(config.resources)
-            info, partition, cards = survey(config)
-            if draws:
-                check_validation(config, partition)
-            claim(config.determining() | ({"modules": set_sha256(cards)} if cards else {}), storage)
-            storage.clean()
-            storage.write_json(SETTINGS, config.model_dump(mode="json") | {"name": name})
-            save_partition(storage, partition)
-            config = config.with_class_names(info.class_names)
-            if config.modules is not None:
-                import_modules(config.modules, storage, cards)
-            else:
-                partition = read_images(config, partition, info)
-            plan, shared = plan_gpus(config, plan, info, partition)
-            if shared:
-                console.print(shared, markup=False, emoji=False, highlight=False)
-                background.submit(lambda: logged.result().tag("gpus", shared))
-            session = Session(config, name, console, plan, info, partition, storage, logged, cards)
-            session.seconds["start"] = time.monotonic() - began
-            yield session
-            session.seconds["total"] = time.monotonic() - began
-            status = "FINISHED"
-        except KeyboardInterrupt:
-            status = "KILLED"
+        ending.enter_context(ended(logged, watchdog))
+        if shared:
+            console.print(shared, markup=False, emoji=False, highlight=False)
+            background.submit(lambda: logged.result().tag("gpus", shared))
+        session = Session(config, name, console, plan, info, partition, storage, logged, cards)
+        session.seconds["start"] = time.monotonic() - began
+        yield session
+        session.seconds["total"] = time.monotonic() - began
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Raise a worker's refusal as itself."""
+    try:
+        yield
+    except ray.exceptions.RayError as error:
+        refusal = find_refusal(error)
+        if refusal is None:
             raise
-        except ray.exceptions.RayError as error:
-            refusal = find_refusal(error)
-            if refusal is None:
-                raise
-            raise refusal from None
-        finally:
-            if not logged.cancel() and logged.exception() is None:
-                logged.result().end(status)
+        raise refusal from None
+
+
+@contextmanager
+def ended(logged: Future[tracking.Run], watchdog: Watchdog) -> Iterator[None]:
+    """End an MLflow run as the block ends: FINISHED, KILLED by Ctrl-C, or FAILED, with a refusal as its description."""
+    status, why = "FAILED", ""
+    try:
+        yield
+        status = "FINISHED"
+    except KeyboardInterrupt:
+        if watchdog.gone is None:
+            status = "KILLED"
+        why = str(watchdog.gone or "")
+        raise
+    except FedFactoryError as refusal:
+        why = str(refusal)
+        raise
+    finally:
+        if not logged.cancel() and logged.exception() is None:
+            logged.result().end(status, why)
 
 
 def run_name(config: Config) -> str:

@@ -1,8 +1,12 @@
-"""The survey before anything starts: what the data are, and who holds how much of which class."""
+"""The survey before anything starts: what the data are, and who holds how much of which class.
+
+This process reads labels, names and files' headers; an image is read by workers alone.
+"""
 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,45 +15,79 @@ import numpy as np
 import ray
 
 from fedfactory_ray.cluster.absence import gather
+from fedfactory_ray.cluster.joining import cluster_to_join
 from fedfactory_ray.cluster.plan import placement, refuse_unknown_places
 from fedfactory_ray.data.image_folder import ImageFolder
 from fedfactory_ray.data.partition import Partition, held_elsewhere, make_partition, own_indices, still_held
-from fedfactory_ray.data.readers import open_source
-from fedfactory_ray.data.source import DataInfo, Source, Split, inspect, told_skipped
-from fedfactory_ray.errors import ConfigError, DataInvalidError, PartitionError
+from fedfactory_ray.data.readers import ArrayFile, is_here, open_source
+from fedfactory_ray.data.source import DataInfo, Source, inspect, told_skipped
+from fedfactory_ray.errors import ConfigError, DataInvalidError, DataMissingError, PartitionError
 from fedfactory_ray.federation.exchange import offered_cards
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.data import NATIVE_RESOLUTION
+from fedfactory_ray.settings.paths import SUBMITTED
 from fedfactory_ray.storage.artefact import fingerprint
 
 log = logging.getLogger(__name__)
+Survey = tuple[DataInfo, Partition, list[ModuleCard]]
 DECODE_SECONDS = 60.0
 """Longest that the files which only the end of a run reads are tried."""
 READ_AT_ONCE = 2**29
 """Bytes of images that one task reads to tell their fingerprints."""
 
 
-def survey(config: Config) -> tuple[DataInfo, Partition, list[ModuleCard]]:
+def survey_here(config: Config) -> Survey | None:
+    """What `survey` tells, as far as this machine sees it, before Ray starts; None where only the cluster's nodes know.
+
+    Data sets by name are opened here only to refuse what is missing: that loads torch, which is left to workers.
+    Raises as `survey` does.
+    """
+    alone = cluster_to_join() is None and not ray.is_initialized()
+    if not is_here(config.data):
+        if config.typed(config.data.source) != config.data.source and SUBMITTED in os.environ:
+            uploaded = "the job's working directory, which is uploaded without what .gitignore and .rayignore name"
+            mend = "--data.source with the path of a shared folder"
+            raise DataMissingError(config.data.source, None, f"{uploaded} (*.npz, runs/, …): {mend}")
+        if alone:
+            open_source(config.data)
+        return None
+    if config.data.source in NATIVE_RESOLUTION.keys() - {"digits"} or config.data.source.startswith("medmnist:"):
+        return None
+    info, labels = inspect(open_source(config.data), trains=not config.apart)
+    refuse_resolution(config, info)
+    if config.modules is None and config.partition.scheme == "natural":
+        for silo in config.partition.silos if alone else ():
+            open_source(config.with_class_names(info.class_names).data_of(silo.name))
+        return None
+    return _dealt(config, info, labels)
+
+
+def survey(config: Config) -> Survey:
     """Facts of the data, the partition, and the cards of modules that were trained elsewhere.
 
     Every source is read where it lies: by any node, or by the nodes that may read a natural silo. Raises
     DataMissingError, DataInvalidError, PartitionError, ModuleRefusedError or ResourcesError.
     """
-    info, labels, untried = ray.get(_inspect.remote(config))
+    info, labels = ray.get(_inspect.remote(config))
     refuse_resolution(config, info)
-    if untried:
-        log.warning("%s: %d val and test images were not tried, for lack of time", config.data.source, untried)
+    if config.modules is None and config.partition.scheme == "natural":
+        _tell(config.data.source, info.skipped)
+        return info, _natural(config, info), []
+    return _dealt(config, info, labels)
+
+
+def _dealt(config: Config, info: DataInfo, labels: np.ndarray) -> Survey:
+    """The survey of data that one place may read."""
     _tell(config.data.source, info.skipped)
     excluded = config.partition.exclude
-    if config.modules is not None:
-        cards = offered_cards(config.modules, info)
-        partition = held_elsewhere({card.key: card.n_images for card in cards}, info.classes)
-        _refuse_missing(config.modules, "module", partition, info, excluded)
-        partition = partition.without(still_held(partition, excluded))
-        return info, partition, [card for card in cards if card.label in partition.shares.get(card.client, {})]
-    if config.partition.scheme == "natural":
-        return info, _natural(config, info), []
-    return info, make_partition(config.partition, labels, info.classes, config.seed).without(excluded), []
+    if config.modules is None:
+        return info, make_partition(config.partition, labels, info.classes, config.seed).without(excluded), []
+    cards = offered_cards(config.modules, info)
+    partition = held_elsewhere({card.key: card.n_images for card in cards}, info.classes)
+    _refuse_missing(config.modules, "module", partition, info, excluded)
+    partition = partition.without(still_held(partition, excluded))
+    return info, partition, [card for card in cards if card.label in partition.shares.get(card.client, {})]
 
 
 def _natural(config: Config, info: DataInfo) -> Partition:
@@ -130,26 +168,40 @@ def refuse_resolution(config: Config, info: DataInfo) -> None:
         raise ConfigError([str(error)]) from error
 
 
+def streams(config: Config, info: DataInfo, partition: Partition) -> bool:
+    """Whether one of a run's fits reads its rows anew each epoch, because a worker would not hold them."""
+    drawn = config.synthesis.images_per_class * info.classes
+    real = int(partition.matrix().sum()) if config.references else 0
+    return not config.resources.holds(max(drawn, real), info.task.image_shape)
+
+
+def try_files(config: Config) -> None:
+    """Have a worker decode validation and test images of people's own files, which nothing else does before everything
+    is trained, for DECODE_SECONDS. Raises DataInvalidError."""
+    if "/" in config.data.source:
+        untried = ray.get(_try_files.remote(config))
+        if untried:
+            log.warning("%s: %d val and test images were not tried, for lack of time", config.data.source, untried)
+
+
 def check_files(source: Source, seconds: float = DECODE_SECONDS) -> int:
-    """Decode a folder's validation and test images, which nothing else does before everything is trained; returns how
-    many of them had to wait because `seconds` were over. Raises DataInvalidError."""
-    if not isinstance(source, ImageFolder):
+    """Decode a source's validation and test images; returns how many of them had no turn because `seconds` were over.
+    Raises DataInvalidError."""
+    if not isinstance(source, ImageFolder | ArrayFile):
         return 0
-    began = time.monotonic()
-    splits: tuple[Split, ...] = ("val", "test")
-    files = [(split, i) for split in splits for i in range(len(source.labels(split)))]
-    for tried, (split, i) in enumerate(files):
-        if time.monotonic() - began >= seconds:
-            return len(files) - tried
-        source.images(split, np.array([i]))
-    return 0
+    until = time.monotonic() + seconds
+    return source.try_images("val", until) + source.try_images("test", until)
 
 
 @ray.remote
-def _inspect(config: Config) -> tuple[DataInfo, np.ndarray, int]:
-    """Facts, training labels, and how many images were not tried."""
-    source = open_source(config.data)
-    return *inspect(source, trains=not config.apart), check_files(source)
+def _try_files(config: Config) -> int:
+    return check_files(open_source(config.data))
+
+
+@ray.remote
+def _inspect(config: Config) -> tuple[DataInfo, np.ndarray]:
+    """Facts and training labels."""
+    return inspect(open_source(config.data), trains=not config.apart)
 
 
 @ray.remote

@@ -18,14 +18,12 @@ from rich.text import Text
 from fedfactory_ray.errors import ConfigError, FedFactoryError
 from fedfactory_ray.settings.arguments import checked, help_text
 from fedfactory_ray.settings.config import Config, merge, nested, upgraded
-from fedfactory_ray.settings.paths import located
+from fedfactory_ray.settings.paths import SUBMITTED, is_relative, located
 from fedfactory_ray.settings.presets import PRESETS
 from fedfactory_ray.storage.layout import SETTINGS
 
 LOG_WIDTH = 140
 """Columns of a log, unless $COLUMNS tells; rich would fold tables to 80."""
-SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
-"""Environment variable that `ray job submit` sets for the job's driver."""
 
 
 def make_config(
@@ -113,9 +111,22 @@ def parse(
         raise SystemExit(0)
     if not PRESETS[options.preset].verified:
         print(f"note: preset {options.preset} has not been run on its hardware yet")
-    if config.folder is not None and SUBMITTED in os.environ:
-        print(f"note: relative paths start in {config.folder}, this job's copy of its working directory")
+    for note in _notes_on_submission(config) if SUBMITTED in os.environ else ():
+        print(f"note: {note}")
     return config, options
+
+
+def _notes_on_submission(config: Config) -> Iterator[str]:
+    """What a person who submits a job to a cluster may not expect: the job works in a copy of their folder."""
+    if config.folder is not None:
+        yield f"relative paths start in {config.folder}, this job's copy of its working directory"
+    lasting = {}
+    if is_relative(config.storage.uri):
+        lasting["runs"] = "--storage.uri with a shared folder or s3://…"
+    if not (config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")):
+        lasting["MLflow's store"] = "--tracking.uri with a server's address"
+    for what, mend in lasting.items():
+        yield f"{what} will lie in {os.getcwd()}, which goes with the cluster and changes with each edit: give {mend}"
 
 
 def job_console() -> Console:
@@ -132,12 +143,17 @@ def exit_status(job: Callable[[], None]) -> int:
     try:
         job()
     except FedFactoryError as error:
-        Console(stderr=True).print(Text.assemble(("error:", "red"), f" {error}"), soft_wrap=True)
+        print_refusal(error)
         return 2
     except KeyboardInterrupt:
         Console(stderr=True).print("Stopped. The same command goes on from here.")
         return 130
     return 0
+
+
+def print_refusal(error: FedFactoryError) -> None:
+    """Tell a refusal where errors go."""
+    Console(stderr=True).print(Text.assemble(("error:", "red"), f" {error}"), soft_wrap=True)
 
 
 class _Help(argparse.Action):

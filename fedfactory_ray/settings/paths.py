@@ -8,6 +8,9 @@ from typing import Any
 from fedfactory_ray.settings.config import Config, merge, nested
 from fedfactory_ray.settings.data import NATIVE_RESOLUTION
 
+SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""Environment variable that `ray job submit` sets for the job's driver."""
+
 
 def is_relative(path: str) -> bool:
     """Whether `path` depends on the folder of the process that opens it: neither absolute, nor below a home (`~`), nor

@@ -3,6 +3,7 @@ and on whether a training set is held in memory."""
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
@@ -61,6 +62,12 @@ class ResourcesConfig(Section):
     """How often a client's work, or a fit, is begun before it is given up, should its process or node die each time."""
     away_seconds: float = Field(600.0, gt=0)
     """A natural silo that no living node may read for so long is given up."""
+    scale_up_seconds: float = Field(900.0, gt=0)
+    """How long a job waits for the nodes that the cluster's autoscaler was asked for."""
+
+    def holds(self, n_images: int, image_shape: tuple[int, int, int]) -> bool:
+        """Whether each worker of a fit holds a training set of such images, instead of reading it anew each epoch."""
+        return n_images * math.prod(image_shape) <= self.in_memory_mb * 2**20
 
 
 class StorageConfig(Section):

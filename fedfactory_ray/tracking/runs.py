@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+DESCRIPTION = "mlflow.note.content"
+"""Tag that MLflow's pages show as a run's description."""
 SQLITE = "sqlite:///"
 BATCH = 900  # MLflow takes 1000 metrics a call
 FLUSH_SECONDS = 5.0
@@ -147,12 +149,14 @@ class Run:
             )
         return str(info.model_uri)
 
-    def end(self, status: str = "FINISHED") -> None:
-        """End the run and the children that still run: FINISHED, FAILED or KILLED."""
+    def end(self, status: str = "FINISHED", why: str = "") -> None:
+        """End the run and the children that still run: FINISHED, FAILED or KILLED; `why` becomes its description."""
         for child in list(self.running_children.values()):
             child.end(status)
         try:
             self.flush()
+            if why:
+                self.tag(DESCRIPTION, why)
         finally:
             self.client.set_terminated(self.id, status)
             if self.parent is not None:

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Sequence
 
 import ray
 
-from fedfactory_ray.classification.training import fits_in_memory
 from fedfactory_ray.cluster.absence import gather
 from fedfactory_ray.cluster.plan import make_plan, place, placement, refuse_unknown_places
 from fedfactory_ray.errors import UnlearningError
@@ -38,7 +37,7 @@ def find_doubts(
     doubts = _differences(config, environments) + canary_doubts(config, left, kept, here)
     card, n_images = before.cards[0], sum(shard.n for shard in before.shards)
     shape = (card.resolution, card.resolution, card.channels)
-    if before.classifier and not fits_in_memory(config, n_images, shape):
+    if before.classifier and not config.resources.holds(n_images, shape):
         doubts.append(f"a training set above resources.in_memory_mb={config.resources.in_memory_mb} is streamed")
     return doubts
 

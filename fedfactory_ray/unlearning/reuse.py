@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from fedfactory_ray.classification.training import fit_fingerprint, fits_in_memory
+from fedfactory_ray.classification.training import fit_fingerprint
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import Task
 from fedfactory_ray.federation.expert import assign
@@ -61,7 +61,7 @@ def plan_reuse(config: Config, partition: Partition, task: Task, before: Facts) 
     kept = [shard for _, shard in found if shard is not None]
     new_labels = {unit.label for unit, shard in found if shard is None}
 
-    held = fits_in_memory(config, sum(shard.n for shard in kept), task.image_shape)
+    held = config.resources.holds(sum(shard.n for shard in kept), task.image_shape)
     made_of = fit_fingerprint(config, manifest_digest(kept), held=held)
     classifier = not new_labels and _same(before.classifier, made_of)
     experts = []
