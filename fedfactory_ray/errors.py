@@ -127,6 +127,16 @@ class RunConflictError(FedFactoryError):
         )
 
 
+class FolderHeldError(FedFactoryError):
+    """Another process writes in the folder."""
+
+    def __init__(self, uri: str, who: str) -> None:
+        super().__init__(
+            f"{uri} is in use.\n  found:  {who}\n  needed: a folder in which nobody works\n"
+            "  try:    wait for it, or end it; or --take-over, which makes it stop at its next heartbeat"
+        )
+
+
 class ForgottenError(FedFactoryError):
     """A run had to forget a client, or is being made from one that has to."""
 

@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +29,7 @@ from fedfactory_ray.settings.names import allowed_name
 from fedfactory_ray.storage.artefact import fingerprint
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import CONFIG, FORGETTING, FORGOTTEN, INDICES, PARTITION, SECONDS, SETTINGS
+from fedfactory_ray.storage.lease import hold, refuse_held
 from fedfactory_ray.synthesis.plan import check_validation
 from fedfactory_ray.tracking import runs as tracking
 from fedfactory_ray.tracking.progress import log_lines
@@ -90,13 +91,16 @@ def open_session(
     `forgetting` lets jobs/unlearn.py open what it makes; `parent` is the MLflow run to nest below; `draws` tells that
     images will be drawn, of which some have to validate. At the end the MLflow run is marked FINISHED, FAILED or
     KILLED. A worker's refusal is raised as itself. The session's config tells the class names that all agree on.
+    Raises FolderHeldError where another start of the run is at work.
     """
     began = time.monotonic()
     name = run_name(config)
     storage = Storage(config.storage.uri).within(name)
     storage.check()
     refuse_forgotten(storage, forgetting=forgetting)
-    with ThreadPoolExecutor(1) as background, log_lines(console):
+    if not config.take_over:
+        refuse_held(storage)
+    with ThreadPoolExecutor(1) as background, log_lines(console), ExitStack() as held:
         logged = background.submit(tracking.start_run, config, name, storage.uri, parent)
         status = "FAILED"
         try:
@@ -105,8 +109,10 @@ def open_session(
             info, partition, cards = survey(config)
             if draws:
                 check_validation(config, partition)
+            began_to_hold = held.enter_context(hold(storage, take_over=config.take_over))
+            refuse_forgotten(storage, forgetting=forgetting)  # it may have been, while this waited
             claim(config.determining() | ({"modules": set_sha256(cards)} if cards else {}), storage)
-            storage.clean()
+            storage.clean(began_to_hold)
             storage.write_json(SETTINGS, config.model_dump(mode="json") | {"name": name})
             save_partition(storage, partition)
             config = config.with_class_names(info.class_names)

@@ -18,6 +18,7 @@ from rich.text import Text
 from fedfactory_ray.errors import ConfigError, FedFactoryError
 from fedfactory_ray.settings.arguments import checked, help_text
 from fedfactory_ray.settings.config import Config, merge, nested, upgraded
+from fedfactory_ray.settings.names import is_folder_name
 from fedfactory_ray.settings.paths import located
 from fedfactory_ray.settings.presets import PRESETS
 from fedfactory_ray.storage.layout import SETTINGS
@@ -70,7 +71,7 @@ def stored_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """
     from fedfactory_ray.storage.files import Storage
 
-    if name in ("", ".", "..") or "/" in name:
+    if not is_folder_name(name):
         raise ConfigError([f"name: found {name!r}, needed the name of a run, which is a folder of storage.uri"])
     uri = make_config(overrides=overrides).storage.uri
     storage = Storage(uri).within(name)

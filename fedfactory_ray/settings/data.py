@@ -71,8 +71,11 @@ class DataConfig(Section):
         return self
 
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-EXCLUDED = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/\d+)?$"
+LONGEST_NAME = 128
+"""Characters of a name: with what is added to it, a file system takes it."""
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+NAME, EXCLUDED = rf"^{_NAME}$", rf"^{_NAME}(/(0|[1-9][0-9]{{0,8}}))?$"
+"""What people name: runs and clients; and a client, or one of its classes by its number."""
 
 
 class SiloConfig(Section):

@@ -35,17 +35,21 @@ class Check:
     wrong: list[str]
 
 
+def digests_of(storage: Storage) -> dict[str, str]:
+    """SHA-256 of every file of a folder, by name."""
+    names = storage.names("")
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return dict(zip(names, pool.map(storage.sha256, names), strict=True))
+
+
 def left_in_old(old: Storage) -> list[str]:
     """Files of a deleted run that should be gone."""
-    return [f"{old.uri}/{name}" for name in old.names("") if name not in LEFT]
+    return [f"{old.uri}/{name}" for name in old.names("") if name not in (*LEFT, *HELD)]
 
 
-def left_in_new(new: Storage, after: Facts, gone: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Files of the new run that hold something forgotten, by their names and by the content of weights.
-
-    Every file must be one that the run accounts for, or one that jobs/compare.py may have added since. An unknown one
-    (a checkpoint, say) counts as left.
-    """
+def left_in_new(new: Storage, after: Facts) -> list[str]:
+    """Files of the new run that it does not account for, and that jobs/compare.py may not have added since. An unknown
+    one (a checkpoint, say) counts as left."""
     accounted = weights(after)
     cards = {f"{posixpath.dirname(name)}/{layout.CARD}" for name in accounted}
     units = {shard.file for shard in after.shards}
@@ -56,10 +60,47 @@ def left_in_new(new: Storage, after: Facts, gone: dict[str, list[dict[str, Any]]
     compared += [re.escape(layout.classifier_folder(layout.lone_classifier(client))) for client in clients]
     compared += [re.escape(layout.expert_folder(client)) for client in clients if client not in after.experts]
     finished = re.compile(f"({'|'.join(compared)})/({re.escape(layout.WEIGHTS)}|{re.escape(layout.CARD)})")
-    known = layout.FILES | cards | units | accounted.keys()
-    found = [f"{new.uri}/{name}" for name in new.names("") if name not in known and not finished.fullmatch(name)]
-    digests = {entry["sha256"] for kind in ("modules", "weights") for entry in gone[kind]}
-    return found + [f"{new.uri}/{name}" for name, digest in accounted.items() if digest in digests]
+    known = layout.FILES | {*HELD} | cards | units | accounted.keys()
+    return [f"{new.uri}/{name}" for name in new.names("") if name not in known and not finished.fullmatch(name)]
+
+
+def forgotten_content(storage: Storage, certificate: Certificate) -> list[str]:
+    """Files of a folder that hold something forgotten, whatever their names: weights, rows or the old partition."""
+    deleted, before, after = certificate.deleted, certificate.before, certificate.after
+    digests = {entry["sha256"] for kind in ("modules", "weights") for entry in deleted[kind]}
+    gone_rows = {shard.rows_sha256 for shard in before.shards} - {shard.rows_sha256 for shard in after.shards}
+    modules = {card.sha256 for card in before.cards} - {card.sha256 for card in after.cards}
+
+    def holds(item: tuple[str, str]) -> bool:
+        name, digest = item
+        if digest in digests | modules:
+            return True
+        start = storage.start(name, 4)
+        if start != b"PAR1":
+            return False
+        rows = shard_at(storage, name)
+        if rows is not None:
+            forgotten = certificate.request.forgets(rows.client, rows.label)
+            return forgotten or rows.rows_sha256 in gone_rows or rows.module_sha256 in modules
+        there = partition_at(storage, name)
+        return there is None or there.sha256 != after.partition_sha256
+
+    found = digests_of(storage).items()
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        held = [name for (name, _), bad in zip(found, pool.map(holds, found), strict=True) if bad]
+    return [f"{storage.uri}/{name}" for name in held]
+
+
+def misplaced(storage: Storage, kinds: Mapping[str, Callable[[bytes], object]]) -> list[str]:
+    """Files in a folder itself that are not of the kind that their names tell."""
+    wrong = []
+    for name, read in kinds.items():
+        if storage.exists(name):
+            try:
+                read(storage.read(name) if storage.size(name) <= LARGEST else b"")
+            except (ValueError, RecursionError, TypeError, KeyError, FedFactoryError):
+                wrong.append(f"{storage.uri}/{name}")
+    return wrong
 
 
 def wrong_rows(new: Storage, certificate: Certificate, config: Config) -> list[str]:
