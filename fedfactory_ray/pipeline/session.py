@@ -17,7 +17,7 @@ from rich.console import Console
 
 from fedfactory_ray.cluster.failures import find_refusal
 from fedfactory_ray.cluster.plan import Plan, connect, make_plan
-from fedfactory_ray.data.partition import Partition
+from fedfactory_ray.data.partition import Partition, partition_summary
 from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.errors import ForgottenError, RunConflictError
 from fedfactory_ray.federation.exchange import import_modules, set_sha256
@@ -191,9 +191,4 @@ def save_partition(storage: Storage, partition: Partition) -> None:
     """Keep the partition: its indices as Parquet, its digest and counts as JSON."""
     with storage.writing(INDICES) as stream:
         pq.write_table(partition.to_table(), stream)
-    summary = {
-        "sha256": partition.sha256,
-        "clients": partition.clients,
-        "counts": partition.matrix().tolist(),
-    }
-    storage.write_json(PARTITION, summary)
+    storage.write_json(PARTITION, partition_summary(partition))

@@ -40,10 +40,7 @@ def find_traces(
     every, names = ViewType.ALL, {name for each in clients for name in (each, tracking.expert_run(each))}
     found: dict[str, list[str]] = {"parents": [], "runs": [], "models": []}
     for folder in folders:
-        # MLflow's filters know no escape for a quote: `_` stands for any character, so look at what comes back.
-        pattern = folder.replace("'", "_")
-        alike = client.search_runs([experiment_id], f"tags.`{tracking.FOLDER}` LIKE '{pattern}'", every)
-        found["parents"] += [run.info.run_id for run in alike if run.data.tags.get(tracking.FOLDER) == folder]
+        found["parents"] += tracking.runs_of(client, experiment_id, folder)
     for parent in found["parents"]:
         nested = f"tags.`mlflow.parentRunId` = '{parent}'"
         children = client.search_runs([experiment_id], nested, every, max_results=50_000)

@@ -34,8 +34,8 @@ from fedfactory_ray.unlearning.doubts import ask_canaries, doubts_of_new, find_d
 from fedfactory_ray.unlearning.facts import Facts, read_facts, refuse_damaged
 from fedfactory_ray.unlearning.report import log_certificate
 from fedfactory_ray.unlearning.request import Request, make_request
+from fedfactory_ray.unlearning.residue import deleted_content, files_to_go, left_in_new, left_in_old, refuse_residue
 from fedfactory_ray.unlearning.reuse import copy_files, modules_left, plan_reuse
-from fedfactory_ray.unlearning.verification import left_in_new, left_in_old
 
 
 def forget(
@@ -247,11 +247,14 @@ def _finish(config: Config, old: Storage, new: Storage, console: Console, *, all
                 "every expert of the run; the same command tries again",
             )
         after = read_facts(new)
-        refuse_residue(left_in_new(new, after, what_went(before, after)))
+        refuse_residue(left_in_new(new, after))
+        refuse_residue(deleted_content(new, what_went(before, after)))
         inexact += doubts_of_new(config, before, after, here)
         refuse_doubts(config, inexact, allowed=allow_inexact)
         with session.phase("deletion"):
             if not given_up:
+                started["files"] = files_to_go(old, new)
+                new.write_json(FORGETTING, started)  # of what is half deleted it can no longer be told
                 refuse_other(old, request, PENDING)
                 old.create(FORGOTTEN, json.dumps(started["request"], indent=2, sort_keys=True).encode())
             refuse_other(old, request, FORGOTTEN)
@@ -262,7 +265,7 @@ def _finish(config: Config, old: Storage, new: Storage, console: Console, *, all
             request=request,
             inexact=inexact,
             absent=[y for y in range(session.info.classes) if not any(card.label == y for card in after.cards)],
-            deleted=what_went(before, after),
+            deleted=what_went(before, after) | {"files": started.get("files", [])},
             kept=what_stayed(before, after),
             before=before,
             after=after,
@@ -279,9 +282,3 @@ def _finish(config: Config, old: Storage, new: Storage, console: Console, *, all
             note(new, each)
         new.delete(FORGETTING)
     return certificate
-
-
-def refuse_residue(found: list[str]) -> None:
-    """Raise RuntimeError where something is left that should be gone."""
-    if found:
-        raise RuntimeError(f"left of what has to be forgotten, or of nobody knows what: {'; '.join(found)}")
