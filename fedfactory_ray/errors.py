@@ -70,7 +70,7 @@ class ModuleRefusedError(FedFactoryError):
         self.client = client
         super().__init__(
             f"Module of client {client!r}, class {label}, refused: {reason}\n"
-            "Ask the client to upload it again; nothing was drawn from it."
+            "Ask the client to upload it again; no image of it was used."
         )
 
 

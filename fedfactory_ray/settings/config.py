@@ -32,6 +32,7 @@ class Config(BaseSettings):
         frozen=True,
         extra="forbid",
         use_attribute_docstrings=True,
+        allow_inf_nan=False,
         cli_avoid_json=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,

@@ -96,6 +96,17 @@ class Storage:
         found = self.filesystem.get_file_info(selector)
         return sorted(posixpath.relpath(f.path, self.root) for f in found if f.type == fs.FileType.File)
 
+    def entries(self, folder: str) -> dict[str, bool]:
+        """Relative names of what lies in `folder` itself, of whatever kind, sorted; and whether each is a folder."""
+        selector = fs.FileSelector(self.path(folder), allow_not_found=True)
+        found = sorted(self.filesystem.get_file_info(selector), key=lambda f: f.path)
+        return {posixpath.relpath(f.path, self.root): f.type == fs.FileType.Directory for f in found}
+
+    def is_plain(self, name: str) -> bool:
+        """Whether a file of that name is there, and is no link: on a disk it might lead anywhere."""
+        link = isinstance(self.filesystem, fs.LocalFileSystem) and os.path.islink(self.path(name))
+        return self.exists(name) and not link
+
     def read(self, name: str) -> bytes:
         """Content of a file."""
         with self.filesystem.open_input_stream(self.path(name)) as stream:

@@ -49,7 +49,7 @@ FEDERATED, TUNE = "federated", "tune"
 """Checkpoints of federated methods; what Ray Tune keeps while a study runs."""
 CHECKPOINTS = "checkpoints"
 """In the folder of what is still being made: what continues it."""
-MODULE_CARD = re.compile(rf"{MODULES}/(?P<client>[^/]+)/class-(?P<label>\d{{3,}})/{re.escape(CARD)}")
+MODULE_CARD = re.compile(rf"{MODULES}/(?P<client>[^/]+)/class-(?P<label>[0-9]{{3,9}})/{re.escape(CARD)}")
 
 EXPERT_CARD = re.compile(rf"{EXPERTS}/(?P<client>[^/]+)/{re.escape(CARD)}")
 
