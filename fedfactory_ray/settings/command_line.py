@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from fedfactory_ray.settings.paths import located
 from fedfactory_ray.settings.presets import PRESETS
 from fedfactory_ray.storage.layout import SETTINGS
 
+LARGEST_FILE, DEEPEST, MOST_VALUES = 2**20, 10, 10_000
+"""Bytes of a YAML file, its sections inside one another, and its sections and lists of one depth, at most."""
 LOG_WIDTH = 140
 """Columns of a log, unless $COLUMNS tells; rich would fold tables to 80."""
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
@@ -42,14 +45,35 @@ def make_config(
         raise ConfigError([f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}"])
     values = PRESETS[preset].values
     if file is not None:
-        try:
-            loaded = yaml.safe_load(Path(file).read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError([f"{file}: {error}"]) from error
-        if not isinstance(loaded, dict):
-            raise ConfigError([f"{file}: found a {type(loaded).__name__}, needed sections such as `generator:`"])
-        values = merge(values, upgraded(loaded))
+        values = merge(values, upgraded(read_yaml(file)))
     return _combine(values, overrides, others)
+
+
+def read_yaml(file: str) -> dict[str, Any]:
+    """The settings of a YAML file. Raises ConfigError for what is none, or so large or deep that nobody typed it."""
+    try:
+        if Path(file).exists() and not Path(file).is_file():
+            raise ConfigError([f"{file}: found no file, needed one with sections such as `generator:`"])
+        if Path(file).stat().st_size > LARGEST_FILE:
+            raise ConfigError([f"{file}: found {Path(file).stat().st_size} bytes, needed {LARGEST_FILE} at most"])
+        loaded = yaml.safe_load(Path(file).read_text()) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError([f"{file}: {error}"[:1000]]) from error
+    if not isinstance(loaded, dict):
+        raise ConfigError([f"{file}: found a {type(loaded).__name__}, needed sections such as `generator:`"])
+    level: list[Any] = [loaded]
+    for _ in range(DEEPEST):
+        strange = [key for value in level if isinstance(value, dict) for key in value if not isinstance(key, str)]
+        if strange:
+            raise ConfigError([f"{file}: found the key {strange[0]!r:.80}, needed names of settings"])
+        inner = (value.values() if isinstance(value, dict) else value for value in level)
+        # Aliases make much of little: no more is looked at than anybody types.
+        level = list(islice((v for values in inner for v in values if isinstance(v, dict | list)), MOST_VALUES + 1))
+        if len(level) > MOST_VALUES:
+            raise ConfigError([f"{file}: found more than {MOST_VALUES} lists and sections, needed fewer"])
+        if not level:
+            return loaded
+    raise ConfigError([f"{file}: found sections {DEEPEST} deep, needed fewer"])
 
 
 def _combine(values: dict[str, Any], overrides: Sequence[str], others: Sequence[str] = ()) -> Config:

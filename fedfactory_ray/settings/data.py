@@ -57,6 +57,8 @@ class DataConfig(Section):
     def _classes_differ(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if names is not None and (len(set(names)) < max(2, len(names)) or not all(names)):
             raise ValueError(f"class_names {list(names)}: needed two or more, each another")
+        if names is not None and not all(name.isprintable() and len(name) <= 255 for name in names):
+            raise ValueError("class_names: needed names of at most 255 characters that can be printed")
         return names and tuple(normalize("NFC", name) for name in names)
 
     @model_validator(mode="after")

@@ -280,6 +280,6 @@ def tracking_client(config: Config) -> tuple[MlflowClient, str]:
     mlflow.set_tracking_uri(uri)
     client = mlflow.MlflowClient()
     if uri.startswith(SQLITE) and client.get_experiment_by_name(name) is None:
-        files = Path(uri.removeprefix(SQLITE)).absolute().parent / "mlruns" / name
+        files = Path(uri.removeprefix(SQLITE)).absolute().parent / "mlruns" / name.lstrip("/")
         client.create_experiment(name, artifact_location=files.as_uri())
     return client, mlflow.set_experiment(name).experiment_id
