@@ -78,7 +78,7 @@ class CardError(FedFactoryError):
     """The card beside an artefact's files cannot be read; `newer`: by this version."""
 
     def __init__(self, kind: str, found: str, *, newer: bool = False) -> None:
-        self.newer = newer
+        self.found, self.newer = found, newer
         remedy = "a version of fedfactory_ray that knows it, or another --name" if newer else "the file as it was made"
         super().__init__(f"The card of a {kind} cannot be read.\n  found:  {found}\n  needed: {remedy}")
 
@@ -113,6 +113,7 @@ class StorageError(FedFactoryError):
     """Nothing can be read or written at an address."""
 
     def __init__(self, uri: str, found: str, needed: str) -> None:
+        self.found = found
         super().__init__(f"Storage refused: {uri}\n  found:  {found}\n  needed: {needed}")
 
 

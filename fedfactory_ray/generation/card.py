@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import posixpath
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar
 
@@ -73,7 +74,8 @@ class ModuleCard(Artefact):
 
 def read_cards(storage: Storage) -> list[ModuleCard]:
     """The cards of all modules in a run's storage, by client and class. Raises CardError."""
-    cards = [ModuleCard.from_json(storage.read(name)) for name in storage.names(MODULES) if MODULE_CARD.fullmatch(name)]
+    places = [posixpath.dirname(name) for name in storage.names(MODULES) if MODULE_CARD.fullmatch(name)]
+    cards = [ModuleCard.read(storage, place) for place in places]
     return sorted(cards, key=lambda card: card.key)
 
 

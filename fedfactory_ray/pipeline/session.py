@@ -19,7 +19,7 @@ from fedfactory_ray.cluster.failures import find_refusal
 from fedfactory_ray.cluster.plan import Plan, connect, make_plan
 from fedfactory_ray.data.partition import Partition, partition_summary
 from fedfactory_ray.data.source import DataInfo
-from fedfactory_ray.errors import ForgottenError, RunConflictError
+from fedfactory_ray.errors import ForgottenError, RunConflictError, StorageError
 from fedfactory_ray.federation.exchange import import_modules, set_sha256
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.pipeline.gpus import plan_gpus
@@ -78,7 +78,7 @@ class Session:
     @property
     def worked(self) -> dict[str, float]:
         """Seconds that each phase took until it was done, not those of starts that found it done."""
-        found: dict[str, float] = self.storage.read_json(SECONDS) if self.storage.exists(SECONDS) else {}
+        found: dict[str, float] = self.storage.read_again(SECONDS, {})
         return found
 
 
@@ -175,7 +175,7 @@ def claim(wanted: dict[str, Any], storage: Storage, *, part: bool = False, anoth
     Raises RunConflictError where it is another's, telling that `another` option names another folder.
     """
     if storage.exists(CONFIG):
-        there = {name: value for name, value in storage.read_json(CONFIG).items() if name in wanted or not part}
+        there = {name: value for name, value in _claimed(storage).items() if name in wanted or not part}
         theirs = {name: value for name, value in flatten(there).items() if name not in MOVED}
         # JSON turns tuples into lists, so compare what both become.
         ours = json.loads(json.dumps(flatten(wanted)))
@@ -185,6 +185,19 @@ def claim(wanted: dict[str, Any], storage: Storage, *, part: bool = False, anoth
             raise RunConflictError(storage.uri, told, another)
     else:
         storage.write_json(CONFIG, wanted)
+
+
+def _claimed(storage: Storage) -> dict[str, Any]:
+    """The settings that claim a folder. Raises StorageError where they are damaged: nobody can tell whose it is."""
+    try:
+        found = storage.read_json(CONFIG)
+        if isinstance(found, dict):
+            return found
+        told = f"a {type(found).__name__}"
+    except StorageError as error:
+        told = error.found
+    mend = "it deleted, so that the same command claims the folder anew and keeps what is its own there"
+    raise StorageError(f"{storage.uri}/{CONFIG}", told, f"the file as it was written; or {mend}")
 
 
 def save_partition(storage: Storage, partition: Partition) -> None:

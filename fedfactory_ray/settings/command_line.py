@@ -101,7 +101,10 @@ def stored_config(name: str, overrides: Sequence[str] = ()) -> Config:
     storage = Storage(uri).within(name)
     if not storage.exists(SETTINGS):
         raise ConfigError([f"{storage.uri} holds no run: {SETTINGS} is missing; --storage.uri tells where runs lie"])
-    values = merge(upgraded(storage.read_json(SETTINGS)), {"name": None, "storage": {"uri": uri}})
+    stored = storage.read_json(SETTINGS)
+    if not isinstance(stored, dict):
+        raise ConfigError([f"{storage.uri}/{SETTINGS}: found a {type(stored).__name__}, needed a run's settings"])
+    values = merge(upgraded(stored), {"name": None, "storage": {"uri": uri}})
     # Runs were once given names by characters that no new one may have.
     return _combine(values, overrides).model_copy(update={"name": name})
 

@@ -145,7 +145,10 @@ class Artefact:
     @classmethod
     def read(cls, storage: Storage, place: str) -> Self:
         """See Kept."""
-        return cls.from_json(storage.read(f"{place}/{CARD}"))
+        try:
+            return cls.from_json(storage.read(f"{place}/{CARD}"))
+        except CardError as error:
+            raise CardError(cls.kind, f"{error.found} in {storage.uri}/{place}/{CARD}", newer=error.newer) from error
 
     def whole(self, storage: Storage, place: str) -> bool:
         """See Kept."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import posixpath
 import random
@@ -19,6 +20,7 @@ from pyarrow import fs
 
 from fedfactory_ray.errors import StorageError
 
+log = logging.getLogger(__name__)
 TEMPORARY = ".tmp"
 NEEDED = "a local path, or an address such as s3://bucket/folder, gs://bucket/folder or file:///folder"
 BID_SECONDS = 30.0
@@ -258,6 +260,21 @@ class Storage:
     def write_json(self, name: str, value: Any) -> None:
         """Write `value` as JSON with sorted keys: equal values give equal bytes."""
         self.write(name, json.dumps(value, indent=2, sort_keys=True).encode())
+
+    def read_again(self, name: str, otherwise: Any) -> Any:
+        """Read a JSON file of the type of `otherwise`, which is taken where there is none, or a damaged one: that is
+        told by its path, and whoever asks makes the file anew."""
+        if not self.exists(name):
+            return otherwise
+        try:
+            found = self.read_json(name)
+        except StorageError as error:
+            log.warning("%s is made anew: %s", f"{self.uri}/{name}", error.found)
+            return otherwise
+        if type(found) is not type(otherwise):
+            log.warning("%s is made anew: found a %s", f"{self.uri}/{name}", type(found).__name__)
+            return otherwise
+        return found
 
     def read_json(self, name: str) -> Any:
         """Read a JSON file. Raises StorageError, which tells its path, where it holds none."""
