@@ -115,12 +115,20 @@ def test_however_a_process_ends_the_next_one_on_its_host_begins_at_once(tmp_path
 
 
 def test_a_holder_elsewhere_is_refused_by_its_name_once_it_beats(storage: Storage, fast: None) -> None:
-    other = elsewhere(storage)
-    beat = threading.Timer(0.3, lambda: elsewhere(storage, token=other.token, since=other.since, beats=1))
-    beat.start()
+    other, ended = elsewhere(storage), threading.Event()
+
+    def beat() -> None:
+        beats = 0
+        while not ended.wait(0.3):
+            beats += 1
+            elsewhere(storage, token=other.token, since=other.since, beats=beats)
+
+    beating = threading.Thread(target=beat)
+    beating.start()
     with pytest.raises(FolderHeldError, match=r"in use[\s\S]*process 4 on other since"), hold(storage):
         pass
-    beat.join()
+    ended.set()
+    beating.join()
     refuse_held(storage)  # which does not wait
 
 
