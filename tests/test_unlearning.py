@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -21,7 +19,7 @@ from conftest import write_npz
 from rich.console import Console
 from small_runs import SMALL, copy_job, small_config
 
-from fedfactory_ray.errors import FolderHeldError, ForgottenError, RunConflictError, UnlearningError
+from fedfactory_ray.errors import ForgottenError, RunConflictError, UnlearningError
 from fedfactory_ray.pipeline import phases
 from fedfactory_ray.pipeline.session import open_session
 from fedfactory_ray.settings.command_line import stored_config
@@ -364,145 +362,6 @@ def test_killed_anywhere_the_same_command_finishes_it(
     _, checks = verify(f"{new.uri}/{CERTIFICATE}", place.config(new.uri.rpartition("/")[2]), OUT)
     assert [check for check in checks if check.wrong] == []
     assert len(audit_lines(new)) == 1
-
-
-def test_of_two_requests_at_once_one_is_noted_and_it_can_be_withdrawn(
-    place: Place, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = content(place.folder / "runs")
-    asked: list[str] = []
-
-    def meanwhile(*_: Any) -> None:
-        # The first request stands, unchecked, and a second one comes: on this host it finds the folder held, ...
-        with pytest.raises(FolderHeldError, match=f"process {os.getpid()} on"):
-            place.forget("client-002")
-        # ... and from where nobody sees the lease, the note.
-        lease = place.run().read("lease.json")
-        place.run().delete("lease.json")
-        with pytest.raises(UnlearningError, match=r"into small-without-client-001[\s\S]*withdraw --run small"):
-            place.forget("client-002")
-        place.run().write("lease.json", lease)
-        asked.append(place.run().read_json(PENDING)["successor"])
-        raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(forgetting, "connect", meanwhile)
-        with pytest.raises(Killed):
-            place.forget("client-001")
-    assert asked == ["small-without-client-001"]
-    assert content(place.folder / "runs").keys() - before.keys() == {"small/pending.json"}
-    assert withdraw(place.config()).clients == ["client-001"]
-    assert content(place.folder / "runs") == before
-    with pytest.raises(UnlearningError, match="no request is pending for run small"):
-        withdraw(place.config())
-
-    # Also with half of the new run made; what another made of that name stays.
-    with monkeypatch.context() as patch:
-        patch.setattr(phases, "draw_data_set", meanwhile)
-        with pytest.raises(Killed):
-            place.forget("client-001")
-    assert place.run("small-without-client-001").exists("modules/client-000/class-000/model.safetensors")
-    assert withdraw(place.config()).clients == ["client-001"]
-    assert content(place.folder / "runs") == before
-
-
-@pytest.mark.parametrize("name", ["../../outside", "a/b", "", ".", "a b", "x" * 129, "small", "a\n"])
-def test_a_bad_name_is_refused_at_the_door(origin: Place, name: str) -> None:
-    before = content(origin.folder)
-    with pytest.raises(UnlearningError, match="--name"):
-        forget(origin.config(), ["client-003"], [], OUT, asked_by="somebody", successor=name)
-    assert content(origin.folder) == before
-    assert not (origin.folder.parent / "outside").exists()
-
-
-def rewrite(file: Path, **changes: Any) -> bytes:
-    tree = json.loads(file.read_text()) | changes
-    file.write_text(json.dumps(tree, indent=2, sort_keys=True))
-    return file.read_bytes()
-
-
-def edited(old: Path, new: Path, origin: Path) -> None:
-    """Certificate and both logs edited together."""
-    certificate = new / CERTIFICATE
-    digest = hashlib.sha256(certificate.read_bytes()).hexdigest()
-    tree = json.loads(certificate.read_text())
-    tree["deleted"]["files"] = []
-    other = hashlib.sha256(rewrite(certificate, **tree)).hexdigest()
-    for run in (old, new):
-        (run / "audit.jsonl").write_text((run / "audit.jsonl").read_text().replace(digest, other))
-
-
-def module(origin: Path) -> bytes:
-    return (origin / "modules" / "client-003" / "class-000" / "model.safetensors").read_bytes()
-
-
-def put(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-
-
-def scores(old: Path, new: Path, origin: Path) -> None:
-    tree = json.loads((new / "evaluation.json").read_text())
-    tree["product"]["accuracy"] += 0.01
-    rewrite(new / "evaluation.json", **tree)
-
-
-SHARD = "synthetic/class-000/client-003-00000.parquet"
-FILES, RUN, NOTE, PARTITIONS, LOGS = (
-    "no file is left of the forgotten",
-    "the run is what the certificate says",
-    "the old run's note is this request",
-    "the partition is what the certificate says",
-    "the audit logs name this certificate",
-)
-TAMPERED: dict[str, tuple[str, Callable[[Path, Path, Path], Any]]] = {
-    "module as a classifier": (FILES, lambda o, n, a: put(n / "classifier/x/model.safetensors", module(a))),
-    "module as an expert": (FILES, lambda o, n, a: put(n / "experts/client-000/model.safetensors", module(a))),
-    "module as the plot": (FILES, lambda o, n, a: put(n / "comparison.png", module(a))),
-    "changed module as a classifier": (
-        FILES,
-        lambda o, n, a: put(n / "classifier/x/model.safetensors", module(a) + b"!"),
-    ),
-    "module as the old certificate": (FILES, lambda o, n, a: put(o / CERTIFICATE, module(a))),
-    "module as the lease": (FILES, lambda o, n, a: put(n / "lease.json", module(a))),
-    "shard under another name": (FILES, lambda o, n, a: put(n / "comparison.png", (a / SHARD).read_bytes())),
-    "shard as the old log": (LOGS, lambda o, n, a: put(o / "audit.jsonl", (a / SHARD).read_bytes())),
-    "the old partition": (PARTITIONS, lambda o, n, a: shutil.copy(a / "partition.parquet", n)),
-    "the old partition in the old run": (FILES, lambda o, n, a: shutil.copy(a / "partition.parquet", o)),
-    "changed counts": (PARTITIONS, lambda o, n, a: rewrite(n / "partition.json", counts=[[0, 25, 0], [0, 15, 29]])),
-    "changed scores": (RUN, scores),
-    "edited together": ("MLflow's copy of the certificate is this one", edited),
-    "another request's note": (NOTE, lambda o, n, a: rewrite(o / FORGOTTEN, exclude=["client-001"])),
-    "no note": (NOTE, lambda o, n, a: (o / FORGOTTEN).unlink()),
-    "garbage manifest": (RUN, lambda o, n, a: put(n / "manifest.json", b"\xff[")),
-    "empty partition": (PARTITIONS, lambda o, n, a: put(n / "partition.json", b"")),
-    "no partition": (PARTITIONS, lambda o, n, a: (n / "partition.parquet").unlink()),
-}
-
-
-def test_verify_hides_nothing(both_gone: tuple[Place, Certificate], origin: Place, tmp_path: Path) -> None:
-    name = both_gone[1].request.successor
-    made, passed = origin.folder / "runs" / "small", []
-    for number, (what, (check, tamper)) in enumerate(TAMPERED.items()):
-        place = copy_of(both_gone[0], tmp_path / str(number))
-        old, new = place.folder / "runs" / "small", place.folder / "runs" / name
-        tamper(old, new, made)
-        _, checks = verify(f"{new}/{CERTIFICATE}", place.config(name), OUT)
-        if check not in [each.name for each in checks if each.wrong]:
-            passed.append((what, [each for each in checks if each.wrong]))
-    assert passed == []
-
-
-@pytest.mark.parametrize(
-    "text", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"{}", b"[]", b'{"request": {"exclude": []}}']
-)
-def test_a_damaged_certificate_is_a_verdict(origin: Place, tmp_path: Path, text: bytes) -> None:
-    run = Storage(str(tmp_path)).within("run")
-    run.write(CERTIFICATE, text)
-    certificate, (check,) = verify(f"{run.uri}/{CERTIFICATE}", origin.config(), OUT)
-    assert certificate is None
-    assert check.name == "the certificate can be read"
-    assert check.wrong
 
 
 def test_what_cannot_be_promised_is_refused_before_anything_is_touched(place: Place) -> None:
