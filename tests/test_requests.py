@@ -126,19 +126,19 @@ def test_killed_at_any_moment_the_same_command_finishes_it_or_another_takes_it_b
 ) -> None:
     without_ray(monkeypatch)
     wanted = Certificate.from_json(run_of(forgotten, NEW).read(CERTIFICATE))
-    before = content(made / "runs")
     copy_job(made, tmp_path / "whole")
     with monkeypatch.context() as patch:
         changes = count_down(patch, float("inf"))
         ask(tmp_path / "whole", "client-003")
-    # Each first and last change of a kind in a folder, and some between them.
-    kinds = [change.split("/")[0] for change in changes]
-    edges = {k for k in range(1, len(changes)) if kinds[k] != kinds[k - 1]}
-    moments = sorted(edges | set(random.Random(0).sample(range(len(changes)), 6)))
+    # At first changes of a kind in a folder; CHAOS_MOMENTS=1000 kills before every change.
+    kinds, number = [change.split("/")[0] for change in changes], int(os.environ.get("CHAOS_MOMENTS", "6"))
+    edges = [k for k in range(1, len(changes)) if kinds[k] != kinds[k - 1]]
+    moments = random.Random(0).sample(edges, number) if number < len(edges) else range(len(changes))
     withdrawn = 0
     for moment in moments:
         folder = tmp_path / str(moment)
         copy_job(made, folder)
+        before = content(folder / "runs")
         with monkeypatch.context() as patch, pytest.raises(Killed):
             count_down(patch, moment)
             ask(folder, "client-003")
@@ -150,7 +150,7 @@ def test_killed_at_any_moment_the_same_command_finishes_it_or_another_takes_it_b
         assert finished.after.digests() == wanted.after.digests(), changes[moment]
         assert finished.deleted == wanted.deleted, changes[moment]
         assert failing(folder) == [], changes[moment]
-    assert 0 < withdrawn < len(moments)
+    assert 0 < withdrawn < len(moments), [changes[moment] for moment in moments]
 
 
 @pytest.mark.parametrize("name", ["../../outside", "a/b", "", ".", "a b", "x" * 129, "small", "a\n"])
