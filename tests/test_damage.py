@@ -14,7 +14,7 @@ from rich.console import Console
 from fedfactory_ray.classification import training
 from fedfactory_ray.classification.card import Classifier
 from fedfactory_ray.errors import FedFactoryError, StorageError
-from fedfactory_ray.pipeline.session import Session, claim
+from fedfactory_ray.pipeline.session import Session, claim, refuse_forgotten
 from fedfactory_ray.settings.command_line import make_config, stored_config
 from fedfactory_ray.storage import files
 from fedfactory_ray.storage.artefact import DAMAGED, look
@@ -61,6 +61,14 @@ def test_a_damaged_claim_is_refused_with_what_to_do(storage: Storage, damage: st
     storage.delete("config.json")
     claim({"seed": 1}, storage)
     assert storage.read_json("config.json") == {"seed": 1}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("note", ["forgotten.json", "forgetting.json"])
+def test_a_damaged_note_of_a_request_is_refused_by_its_path(storage: Storage, note: str, damage: str) -> None:
+    storage.write(note, DAMAGES[damage])
+    with pytest.raises(StorageError, match=note):
+        refuse_forgotten(storage)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from small_runs import ROOT
 
@@ -73,6 +75,28 @@ def test_one_of_many_creates_a_file(storage: Storage) -> None:
     assert storage.names("") == ["note.json"]
     assert not storage.create("note.json", b"late")
     assert storage.read("note.json") == b"%d" % won.index(True)
+
+
+def test_where_there_are_no_hard_links_one_creates_a_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EOPNOTSUPP, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    storage = Storage(str(tmp_path))
+    assert storage.create("note.json", b"first")
+    assert not storage.create("note.json", b"second")
+    assert storage.read("note.json") == b"first"
+    assert storage.names("") == ["note.json"]
+
+
+def test_a_zombie_has_ended(tmp_path: Path) -> None:
+    job = subprocess.Popen([sys.executable, "-c", "pass"])
+    born = psutil.Process(job.pid).create_time()
+    while psutil.Process(job.pid).status() != psutil.STATUS_ZOMBIE:
+        time.sleep(0.02)
+    assert replace(Holder.me(), pid=job.pid, born=born).gone
+    job.wait()
+    assert not Holder.me().gone
 
 
 def test_one_of_many_holds_a_folder_and_leaves_nothing(storage: Storage) -> None:

@@ -156,17 +156,27 @@ def run_name(config: Config) -> str:
 def refuse_forgotten(storage: Storage, *, forgetting: bool = False) -> None:
     """Raise ForgottenError for the folder of a run that had to forget, or of its successor that is not finished."""
     if storage.exists(FORGOTTEN):
-        left = storage.read_json(FORGOTTEN)
+        left = _request(storage, FORGOTTEN)
         raise ForgottenError(
             f"{storage.uri} was deleted on {left['asked_at']}, to forget {', '.join(left['exclude'])}",
             f"its successor {left['successor']}, or another --name to make a new run",
         )
     if storage.exists(FORGETTING) and not forgetting:
-        asked = storage.read_json(FORGETTING)["request"]
+        asked = _request(storage, FORGETTING)
         raise ForgottenError(
             f"{storage.uri} is not finished: it is made from {asked['run']} to forget {', '.join(asked['exclude'])}",
             "the same jobs/unlearn.py again, which goes on from there",
         )
+
+
+def _request(storage: Storage, name: str) -> dict[str, Any]:
+    """The request that a note tells of. Raises StorageError where it is damaged."""
+    found = storage.read_json(name)
+    asked = found.get("request", found) if isinstance(found, dict) else found
+    needed = {"run", "successor", "asked_at", "exclude"}
+    if not isinstance(asked, dict) or not needed <= asked.keys() or not isinstance(asked["exclude"], list):
+        raise StorageError(f"{storage.uri}/{name}", "no request", "the note as it was written")
+    return asked | {"exclude": [str(entry) for entry in asked["exclude"]]}
 
 
 def claim(wanted: dict[str, Any], storage: Storage, *, part: bool = False, another: str = "--name") -> None:

@@ -183,12 +183,18 @@ class Storage:
             raise StorageError(self.uri, _line(error), "a place that may be written") from error
         try:
             _sync(temporary)
-            os.link(temporary, target)
+            try:
+                os.link(temporary, target)
+            except FileExistsError:
+                raise
+            except OSError:  # a file system without hard links; there the file appears first, and then its content
+                with open(target, "xb") as stream:
+                    stream.write(content)
+                _sync(target)
         except FileExistsError:
             return False
         except OSError as error:
-            needed = "a file system with hard links, so that of two commands one alone may begin"
-            raise StorageError(self.uri, _line(error), needed) from error
+            raise StorageError(self.uri, _line(error), "a place that may be written") from error
         finally:
             os.unlink(temporary)
         return True

@@ -59,7 +59,9 @@ class Holder:
         if not self.here:
             return False
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.born) > 1
+            process = psutil.Process(self.pid)
+            # A zombie has ended; its parent has not looked yet.
+            return abs(process.create_time() - self.born) > 1 or process.status() == psutil.STATUS_ZOMBIE
         except psutil.NoSuchProcess:
             return True
 
