@@ -38,11 +38,8 @@ def read_partition(storage: Any, classes: int) -> Any:
 
     from fedfactory_ray.data.partition import Partition
 
-    shares: dict[str, dict[int, np.ndarray]] = {}
-    table = pq.read_table(storage.path(layout.INDICES), filesystem=storage.filesystem).to_pandas()
-    for (client, label), rows in table.groupby(["client", "label"], sort=False):
-        shares.setdefault(client, {})[int(label)] = rows["index"].to_numpy()
-    return Partition(classes, shares)
+    table = pq.read_table(storage.path(layout.INDICES), filesystem=storage.filesystem)
+    return Partition.from_table(table, classes)
 
 
 def expert_logits(config: Config, uri: str, client: str) -> Any:

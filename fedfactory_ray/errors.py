@@ -70,7 +70,7 @@ class ModuleRefusedError(FedFactoryError):
         self.client = client
         super().__init__(
             f"Module of client {client!r}, class {label}, refused: {reason}\n"
-            "Ask the client to upload it again; nothing was drawn from it."
+            "Ask the client to upload it again; no image of it was used."
         )
 
 
@@ -78,7 +78,7 @@ class CardError(FedFactoryError):
     """The card beside an artefact's files cannot be read; `newer`: by this version."""
 
     def __init__(self, kind: str, found: str, *, newer: bool = False) -> None:
-        self.newer = newer
+        self.found, self.newer = found, newer
         remedy = "a version of fedfactory_ray that knows it, or another --name" if newer else "the file as it was made"
         super().__init__(f"The card of a {kind} cannot be read.\n  found:  {found}\n  needed: {remedy}")
 
@@ -120,6 +120,7 @@ class StorageError(FedFactoryError):
     """Nothing can be read or written at an address."""
 
     def __init__(self, uri: str, found: str, needed: str) -> None:
+        self.found = found
         super().__init__(f"Storage refused: {uri}\n  found:  {found}\n  needed: {needed}")
 
 
@@ -131,6 +132,16 @@ class RunConflictError(FedFactoryError):
         super().__init__(
             f"{uri} is of another configuration:\n{lines}\n"
             f"Choose another {another}, or repeat the original command, which goes on from there."
+        )
+
+
+class FolderHeldError(FedFactoryError):
+    """Another process writes in the folder."""
+
+    def __init__(self, uri: str, who: str) -> None:
+        super().__init__(
+            f"{uri} is in use.\n  found:  {who}\n  needed: a folder in which nobody works\n"
+            "  try:    wait for it, or end it; or --take-over, which makes it stop at its next heartbeat"
         )
 
 

@@ -1,4 +1,4 @@
-"""Exact unlearning: python jobs/unlearn.py forget --run NAME --client CLIENT …; python jobs/unlearn.py verify FILE"""
+"""Exact unlearning: python jobs/unlearn.py forget --run NAME --client CLIENT …, withdraw --run NAME, verify FILE"""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OTHERS = "Other settings (--storage.uri, --tracking.uri, --resources.…) as for
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The job's two commands and their options."""
+    """The job's commands and their options."""
     parser = argparse.ArgumentParser(description="Exact unlearning, and the check of its certificates.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     forgetting = commands.add_parser(
@@ -37,6 +37,14 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on though the run was made on other hardware or versions; the certificate then says so",
     )
+    withdrawing = commands.add_parser(
+        "withdraw",
+        help="take back a request while the old run is whole, with all that was made for it",
+        epilog=OTHERS,
+        allow_abbrev=False,
+    )
+    withdrawing.set_defaults(command=withdraw_command)
+    withdrawing.add_argument("--run", required=True, metavar="NAME", help="the run that had to forget")
     checking = commands.add_parser(
         "verify", help="check a certificate against storage and MLflow", epilog=OTHERS, allow_abbrev=False
     )
@@ -70,6 +78,17 @@ def forget_command(options: argparse.Namespace, overrides: list[str]) -> int:
     place = Storage(config.storage.uri).within(certificate.request.successor).within(CERTIFICATE).uri
     console.print(f"certificate  {place}", soft_wrap=True, highlight=False)
     console.print(f"check it     python jobs/unlearn.py verify {place}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def withdraw_command(options: argparse.Namespace, overrides: list[str]) -> int:
+    """Take back a request; returns the exit status."""
+    config = stored_config(options.run, overrides)
+    from fedfactory_ray.unlearning.forget import withdraw
+
+    request = withdraw(config)
+    told = f"withdrawn: run {request.run} keeps {', '.join(request.exclude)}; {request.successor} is no more"
+    job_console().print(told, soft_wrap=True, highlight=False)
     return 0
 
 

@@ -89,7 +89,7 @@ def test_further_pictures_of_a_file_are_told(tmp_path: Path) -> None:
 
 
 def test_an_enormous_image_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 200)
     file = write_folder(tmp_path) / "train" / "dog" / "1.png"
     Image.new("L", (20, 20)).save(file)
     message = refusal(tmp_path)

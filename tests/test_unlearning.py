@@ -30,10 +30,11 @@ from fedfactory_ray.storage.layout import CERTIFICATE, FORGETTING, FORGOTTEN, PE
 from fedfactory_ray.unlearning import forget as forgetting
 from fedfactory_ray.unlearning.certificate import Certificate, audit_lines
 from fedfactory_ray.unlearning.facts import Facts, read_facts
-from fedfactory_ray.unlearning.forget import forget
+from fedfactory_ray.unlearning.forget import forget, withdraw
 from fedfactory_ray.unlearning.report import held_recall, recalls
 from fedfactory_ray.unlearning.request import Request
-from fedfactory_ray.unlearning.verification import differences, left_in_new, verify
+from fedfactory_ray.unlearning.residue import left_in_new
+from fedfactory_ray.unlearning.verification import differences, verify
 
 # Class 0 is held by clients 0 and 3 alone; client 0 holds the quota of it, so its expert never sees the pool's.
 COUNTS = [[40, 0, 10], [0, 25, 0], [0, 15, 30], [15, 0, 0]]
@@ -117,7 +118,7 @@ def test_the_result_is_the_run_in_which_the_client_never_took_part(place: Place)
     # Bit for bit the run without the client, made from nothing.
     checked, checks = verify(f"{new}/{CERTIFICATE}", place.config("small-without-client-003"), OUT, retrain=True)
     assert {check.name: check.wrong for check in checks} == {check.name: [] for check in checks}
-    assert len(checks) == 7
+    assert len(checks) == 11
     assert checked == certificate
     assert len(certificate.after.digests()) == 1 + 1 + 5 + len(certificate.after.shards) + 1 + 3 + 3
 
@@ -179,7 +180,7 @@ def test_the_result_is_the_run_in_which_the_client_never_took_part(place: Place)
     *rest, last = weights.read_bytes()
     weights.write_bytes(bytes([*rest, last ^ 1]))
     _, checks = verify(f"{new}/{CERTIFICATE}", place.config("small-without-client-003"), OUT)
-    assert [check.name for check in checks if check.wrong] == ["weights are whole"]
+    assert [check.name for check in checks if check.wrong] == ["weights are whole", "no file is left of the forgotten"]
 
 
 @pytest.fixture(scope="module")
@@ -261,7 +262,7 @@ def test_the_order_of_requests_does_not_matter(
         new.write(f"{folder}/model.safetensors", b"")
     new.write("comparison.png", b"")
     found = [f"{new.uri}/{folder}/model.safetensors" for folder in theirs]
-    assert left_in_new(new, second.after, second.deleted) == found
+    assert left_in_new(new, second.after) == found
 
 
 @pytest.mark.parametrize(
@@ -289,7 +290,7 @@ class Killed(BaseException):
 def test_killed_anywhere_the_same_command_finishes_it(
     origin: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed = only_experts(copy_of(origin, tmp_path / "undisturbed")).forget("client-001", classes=(1,))
+    undisturbed = only_experts(copy_of(origin, tmp_path / "it's undisturbed")).forget("client-001", classes=(1,))
     place = only_experts(copy_of(origin, tmp_path / "killed"))
     old, new = place.run(), place.run("small-without-client-001")
     before = content(place.folder / "runs" / "small")
@@ -333,7 +334,19 @@ def test_killed_anywhere_the_same_command_finishes_it(
         with pytest.raises(UnlearningError, match="is being made into small-without-client-001"):
             forget(place.config(), ["client-002"], [], OUT, asked_by="somebody", successor=successor)
 
+    # Should another's note be there at the last moment all the same, the old run is not given up.
+    with monkeypatch.context() as patch:
+        ours, theirs = old.read(PENDING), old.read_json(PENDING) | {"exclude": ["client-002"], "successor": "theirs"}
+        patch.setattr(forgetting, "files_to_go", lambda *_: old.write_json(PENDING, theirs) or [])
+        with pytest.raises(UnlearningError, match="is being made into theirs, to forget client-002"):
+            place.forget("client-001")
+    old.write(PENDING, ours)
+    assert content(place.folder / "runs" / "small").items() >= before.items()
+    assert not old.exists(FORGOTTEN)
+
     die_at(Storage, "delete", lambda storage, name: storage.uri == old.uri and name.startswith("modules/client-002"))
+    with pytest.raises(UnlearningError, match="client-001 from run small can no longer be withdrawn"):
+        withdraw(place.config())
     assert old.exists(FORGOTTEN)
     assert 0 < len(content(place.folder / "runs" / "small")) < len(before)
     with pytest.raises(ForgottenError), open_session(place.config(), OUT):

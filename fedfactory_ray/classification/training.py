@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -63,7 +64,9 @@ def fit(
     if found is None:
         result = _train(config, rows, task, worker, storage, name, checkpoints, listen, held=held, judged=judged)
         found = _keep(config, storage, name, made_of, rows, task, result.checkpoint)
-    storage.delete_folder(checkpoints)  # those of a start that was killed at its very end, too
+    # Those of a start that was killed at its very end, too, and of a fit with other settings that was given up.
+    for folder in filter(re.compile(trainer_folder(re.escape(name), "[0-9a-f]{16}")).fullmatch, storage.entries("")):
+        storage.delete_folder(folder)
     return found
 
 

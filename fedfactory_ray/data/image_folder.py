@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import struct
 import time
+import warnings
+import zlib
 from collections import Counter
 from functools import cached_property
 from pathlib import Path
@@ -22,7 +24,10 @@ FOLDERS: dict[Split, tuple[str, ...]] = {"train": ("train",), "val": ("val", "va
 LAYOUT = "train/<class>/ and test/<class>/ (val/<class>/ optional) with images, a folder a class"
 STACKS = frozenset({"GIF", "TIFF", "WEBP", "PNG", "AVIF"})
 """Formats of files that may hold several pictures, of which the first is read."""
-DAMAGES = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+DAMAGES = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, ArithmeticError, struct.error, zlib.error),
+    *(Image.DecompressionBombError, Image.DecompressionBombWarning),
+)
 """What Pillow raises on damaged and on enormous files."""
 
 
@@ -91,9 +96,11 @@ class ImageFolder:
 
     def _open(self, file: str) -> Image.Image:
         try:
-            return Image.open(file)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", Image.DecompressionBombWarning)
+                return Image.open(file)
         except (UnidentifiedImageError, *DAMAGES) as error:
-            most = f" of at most {2 * Image.MAX_IMAGE_PIXELS} pixels" if Image.MAX_IMAGE_PIXELS else ""
+            most = f" of at most {Image.MAX_IMAGE_PIXELS} pixels" if Image.MAX_IMAGE_PIXELS else ""
             raise DataInvalidError(file, f"not a readable image ({error})", f"an intact image file{most}") from error
 
     @cached_property

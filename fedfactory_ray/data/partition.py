@@ -95,6 +95,24 @@ class Partition:
             }
         )
 
+    @classmethod
+    def from_table(cls, table: pa.Table, classes: int) -> Partition:
+        """Inverse of `to_table`. Raises KeyError or TypeError for a table of other columns."""
+        shares: dict[str, dict[int, np.ndarray]] = {}
+        rows = table.select(["client", "label", "index"]).to_pandas()
+        for (client, label), of_share in rows.groupby(["client", "label"], sort=False):
+            shares.setdefault(client, {})[int(label)] = of_share["index"].to_numpy(np.int64)
+        return cls(classes, shares)
+
+
+def partition_summary(partition: Partition) -> dict[str, Any]:
+    """A partition's digest and counts, as JSON values."""
+    return {
+        "sha256": partition.sha256,
+        "clients": partition.clients,
+        "counts": partition.matrix().tolist(),
+    }
+
 
 def make_partition(config: PartitionConfig, labels: np.ndarray, classes: int, seed: int) -> Partition:
     """Deal the training images to clients.

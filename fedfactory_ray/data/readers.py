@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import lzma
 import math
+import struct
 import time
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping
@@ -24,6 +27,13 @@ from fedfactory_ray.seeds import random_state
 from fedfactory_ray.settings.data import DataConfig
 
 CHUNK_BYTES = 2**24
+MOST_ROWS, MOST_CLASSES, MOST_PIXELS = 2**27, 2**16, 2**26
+"""Of an .npz file: rows of an array, classes that labels tell of, pixels of an image."""
+DAMAGES = (
+    *(zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error, tokenize.TokenError, SyntaxError),
+    *(ValueError, TypeError, LookupError, ArithmeticError, OSError, EOFError, NotImplementedError, RuntimeError),
+)
+"""What damaged .npz files make Python and NumPy raise."""
 NAMED = "train_images, train_labels, test_images and test_labels: np.savez(file, train_images=x_train, …)"
 
 
@@ -50,6 +60,8 @@ def _open(config: DataConfig) -> Source:
     if not path.exists():
         raise DataMissingError(path.absolute(), None, f"data.source={config.source}")
     names = None if config.class_names is None else list(config.class_names)
+    if not path.is_dir() and not path.is_file():
+        raise DataInvalidError(path.absolute(), "a pipe, socket or device", "an .npz file, or a folder of images")
     if path.is_dir():
         return ImageFolder(path, config.resolution, names, config.background)
     return ArrayFile(path, config.resolution, names)
@@ -126,7 +138,11 @@ class ArrayFile:
         if class_names is None:
             splits: tuple[Split, ...] = ("train", "test")
             labels = next((found for split in splits if (found := self.labels(split)).size), np.empty(0))
-            class_names = [str(y) for y in range(int(labels.max(initial=-1)) + 1)]
+            most = int(labels.max(initial=-1))
+            if most >= MOST_CLASSES:
+                needed = f"labels from 0 to {MOST_CLASSES - 1} at most, numbered without gaps"
+                raise DataInvalidError(self.path, f"the label {most}", needed)
+            class_names = [str(y) for y in range(most + 1)]
         self.class_names = class_names
 
     @contextmanager
@@ -151,10 +167,20 @@ class ArrayFile:
                         needed = f"C order: np.ascontiguousarray({key}) before it is saved"
                         raise DataInvalidError(self.path, f"{key} in Fortran order", needed)
                     if dtype.hasobject or not shape:
-                        raise DataInvalidError(self.path, f"{key} as {dtype} {shape}", "numbers, a row an image")
+                        raise DataInvalidError(self.path, f"{key} as {dtype} {shape}"[:300], "numbers, a row an image")
+                    self._refuse_false(key, shape, dtype, archive.getinfo(f"{key}.npy").file_size - member.tell())
                     yield member, shape, dtype
-        except (zipfile.BadZipFile, zlib.error, ValueError, EOFError, NotImplementedError, RuntimeError) as error:
+        except DAMAGES as error:
             raise DataInvalidError(self.path, f"a corrupt file ({key}: {error})", "an intact .npz file") from error
+
+    def _refuse_false(self, key: str, shape: tuple[int, ...], dtype: np.dtype, there: int) -> None:
+        """Raise DataInvalidError for a header that tells of more than lies there, or of more than anybody has."""
+        told = f"{key} as {dtype} {shape}"[:300]
+        if not 0 <= shape[0] <= MOST_ROWS or (shape[0] and not 1 <= math.prod(shape[1:]) <= 3 * MOST_PIXELS):
+            needed = f"at most {MOST_ROWS} rows, of images of 1 to {MOST_PIXELS} pixels"
+            raise DataInvalidError(self.path, told, needed)
+        if math.prod(shape) * dtype.itemsize != there:
+            raise DataInvalidError(self.path, f"{told}, but {there} bytes of it", "an intact .npz file")
 
     def _read(self, key: str, indices: np.ndarray | None = None) -> np.ndarray:
         """Rows of one array; only those at `indices` are kept while the file is decompressed."""
@@ -183,6 +209,10 @@ class ArrayFile:
         found = self._read(f"{split}_labels")
         if found.ndim > 2 or (found.ndim == 2 and found.shape[1] != 1) or (found.size and found.dtype.kind not in "iu"):
             raise DataInvalidError(self.path, f"{split}_labels {found.dtype} {found.shape}", "one integer an image")
+        if found.size and int(found.max()) > np.iinfo(np.int32).max:
+            raise DataInvalidError(
+                self.path, f"the {split} label {found.max()}, perhaps -1 as {found.dtype}", "a class"
+            )
         return found.reshape(-1).astype(np.int64)
 
     def images(self, split: Split, indices: np.ndarray | None = None) -> np.ndarray:

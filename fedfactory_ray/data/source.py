@@ -10,6 +10,8 @@ import numpy as np
 
 from fedfactory_ray.errors import DataInvalidError
 
+LONGEST_NAME = 255
+"""Characters of a class's name."""
 Split = Literal["train", "val", "test"]
 
 
@@ -81,6 +83,10 @@ def inspect(source: Source, *, trains: bool = True, tests: bool = True) -> tuple
     Raises DataInvalidError for labels outside the range, classes without training images, and odd shapes.
     """
     classes = len(source.class_names)
+    strange = [name for name in source.class_names if not name.isprintable() or len(name) > LONGEST_NAME]
+    if strange:
+        printable = f"names of at most {LONGEST_NAME} characters that can be printed"
+        raise DataInvalidError(source.path, f"a class named {strange[0]!r:.300}", printable)
     counts: dict[str, list[int]] = {}
     splits: tuple[Split, ...] = ("train", "val", "test")
     for split in splits:

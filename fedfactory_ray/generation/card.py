@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import posixpath
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
+from pydantic import Field
+
+from fedfactory_ray.errors import CardError
+from fedfactory_ray.settings.data import NAME
 from fedfactory_ray.settings.sections import GeneratorConfig
 from fedfactory_ray.storage.artefact import Artefact, fingerprint
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import MODULE_CARD, MODULES, module_folder
+
+LARGEST_CARD, LARGEST_MODULE = 2**16, 2**30
+"""Bytes of a card and of its weights, at most; the published module has 0.1 GiB."""
+Whole = Annotated[int, Field(strict=True, ge=0, le=LARGEST_MODULE)]
 
 
 @dataclass(frozen=True)
@@ -24,17 +33,24 @@ class ModuleCard(Artefact):
 
     kind: ClassVar[str] = "module"
     renamed: ClassVar[dict[str, str]] = {"images": "n_images"}
-    client: str
-    label: int
-    n_images: int
-    channels: int
-    resolution: int
-    steps: int
-    precision: str
+    client: Annotated[str, Field(pattern=NAME)]
+    label: Whole
+    n_images: Whole
+    channels: Annotated[Whole, Field(ge=1, le=4)]
+    resolution: Annotated[Whole, Field(ge=1, le=4096)]
+    steps: Whole
+    precision: Annotated[str, Field(pattern=r"^(fp32|bf16|fp16)$")]
     generator: dict[str, Any]
-    size: int
-    canary: str = ""
-    class_name: str = ""
+    size: Annotated[Whole, Field(le=LARGEST_MODULE)]
+    canary: Annotated[str, Field(pattern=r"^[0-9a-f+]{0,8192}$")] = ""
+    class_name: Annotated[str, Field(max_length=256)] = ""
+
+    @classmethod
+    def from_json(cls, text: bytes) -> ModuleCard:
+        """See Artefact; it may come from anybody, so nothing enormous is parsed."""
+        if len(text) > LARGEST_CARD:
+            raise CardError(cls.kind, f"{len(text)} bytes, at most {LARGEST_CARD} are a card")
+        return super().from_json(text)
 
     @property
     def key(self) -> tuple[str, int]:
@@ -58,7 +74,8 @@ class ModuleCard(Artefact):
 
 def read_cards(storage: Storage) -> list[ModuleCard]:
     """The cards of all modules in a run's storage, by client and class. Raises CardError."""
-    cards = [ModuleCard.from_json(storage.read(name)) for name in storage.names(MODULES) if MODULE_CARD.fullmatch(name)]
+    places = [posixpath.dirname(name) for name in storage.names(MODULES) if MODULE_CARD.fullmatch(name)]
+    cards = [ModuleCard.read(storage, place) for place in places]
     return sorted(cards, key=lambda card: card.key)
 
 

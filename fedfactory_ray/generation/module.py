@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import safetensors
 import safetensors.torch
@@ -34,8 +35,23 @@ def make_denoiser(card: ModuleCard) -> Denoiser:
     return Denoiser(GeneratorConfig(**card.generator), card.channels, card.resolution)
 
 
-def load_weights(denoiser: Denoiser, weights: bytes, card: ModuleCard) -> None:
-    """Verify a module and put its weights into `denoiser`.
+def make_blueprint(card: ModuleCard) -> dict[str, Tensor]:
+    """Names and shapes of the card's network, on torch's meta device: nothing is allocated. Raises ModuleRefusedError
+    where it cannot be built, or has more numbers than the card's file can hold."""
+    try:
+        with torch.device("meta"):
+            expected = make_denoiser(card).state_dict()
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, LookupError, AssertionError) as error:
+        raise ModuleRefusedError(card.client, card.label, f"its network cannot be built ({error})"[:300]) from error
+    numbers = sum(tensor.numel() for tensor in expected.values())
+    if 2 * numbers > card.size:
+        found = f"a network of {numbers} numbers, of which {card.size} bytes hold {card.size // 2} at most"
+        raise ModuleRefusedError(card.client, card.label, found)
+    return expected
+
+
+def verified(weights: bytes, card: ModuleCard, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A module's tensors, by name, for a network of the tensors `expected`.
 
     Raises ModuleRefusedError, which names the client, unless digest, tensor names, shapes, dtypes and values are right.
     """
@@ -43,16 +59,14 @@ def load_weights(denoiser: Denoiser, weights: bytes, card: ModuleCard) -> None:
     def refuse(reason: str) -> ModuleRefusedError:
         return ModuleRefusedError(card.client, card.label, reason)
 
-    if digest(weights) != card.sha256:
-        raise refuse(f"SHA-256 {digest(weights)[:12]}…, its card says {card.sha256[:12]}…")
+    refuse_other_bytes(weights, card)
     try:
         found: dict[str, Tensor] = safetensors.torch.load(weights)
-    except (safetensors.SafetensorError, KeyError) as error:  # KeyError: a dtype that torch has not
-        raise refuse(f"not safetensors ({error})") from error
-    expected = denoiser.state_dict()
+    except (safetensors.SafetensorError, KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise refuse(f"not safetensors ({error})"[:300]) from error
     if found.keys() != expected.keys():
         strange = sorted(found.keys() ^ expected.keys())
-        raise refuse(f"tensors {strange[:3]} missing or unknown ({len(strange)} in all)")
+        raise refuse(f"tensors {strange[:3]!r:.200} missing or unknown ({len(strange)} in all)")
     for name, tensor in found.items():
         if tensor.shape != expected[name].shape:
             raise refuse(f"tensor {name} of shape {tuple(tensor.shape)}, needed {tuple(expected[name].shape)}")
@@ -60,5 +74,17 @@ def load_weights(denoiser: Denoiser, weights: bytes, card: ModuleCard) -> None:
             raise refuse(f"tensor {name} of {tensor.dtype}, needed float16 or float32")
         if not torch.isfinite(tensor).all():
             raise refuse(f"tensor {name} holds values that are not finite")
-    denoiser.load_state_dict(found)
+    return found
+
+
+def refuse_other_bytes(weights: bytes, card: ModuleCard) -> None:
+    """Raise ModuleRefusedError for weights of another SHA-256 than their card's."""
+    if digest(weights) != card.sha256:
+        told = f"SHA-256 {digest(weights)[:12]}…, its card says {card.sha256[:12]}…"
+        raise ModuleRefusedError(card.client, card.label, told)
+
+
+def load_weights(denoiser: Denoiser, weights: bytes, card: ModuleCard) -> None:
+    """Verify a module and put its weights into `denoiser`. Raises ModuleRefusedError, see `verified`."""
+    denoiser.load_state_dict(verified(weights, card, denoiser.state_dict()))
     denoiser.eval()

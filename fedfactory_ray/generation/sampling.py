@@ -57,7 +57,8 @@ class Drawing:
         """Draw `n` images, uint8 (n, H, W, C).
 
         The network always sees `batch_size` images, the last batch being padded, because kernels may round differently
-        for other batch sizes; so the first images do not depend on `n`.
+        for other batch sizes; so the first images do not depend on `n`. Raises FloatingPointError for values that are
+        not finite.
         """
 
         def noise(start: int) -> Tensor:
@@ -70,5 +71,7 @@ class Drawing:
             images = self.solve()
             if start + self.batch_size < n:
                 following = noise(start + self.batch_size)  # while the device computes
+            if not images.isfinite().all():
+                raise FloatingPointError("images that it draws hold values that are not finite")
             batches.append(to_uint8(images))
         return np.concatenate(batches)[:n]

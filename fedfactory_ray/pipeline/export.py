@@ -20,6 +20,7 @@ from fedfactory_ray.pipeline.survey import refuse_resolution
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import MODULES
+from fedfactory_ray.storage.lease import hold
 from fedfactory_ray.tracking.progress import Bars, log_lines
 
 log = logging.getLogger(__name__)
@@ -60,7 +61,6 @@ def export_modules(
     settings["labels"] = hashlib.sha256(labels.tobytes()).hexdigest()
     storage = Storage(out)
     storage.check()
-    claim(settings, storage.within(f"{MODULES}/{client}"), part=True, another="--out")
     share = {y: np.flatnonzero(labels == y) for y in chosen}
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
@@ -73,7 +73,14 @@ def export_modules(
     console.print(f"classes of {client} by number: {numbered}", markup=False, highlight=False, soft_wrap=True)
     done: dict[int, int] = {}
     trained = set()
-    with log_lines(console), Bars(console, f"training modules of {client}", total, "steps") as shown:
+    own = storage.within(f"{MODULES}/{client}")
+    with (
+        hold(own, take_over=config.take_over) as began,
+        log_lines(console),
+        Bars(console, f"training modules of {client}", total, "steps") as shown,
+    ):
+        claim(settings, own, part=True, another="--out")
+        own.clean(began)
         for event in train_share(config, source, client, share, where, storage, at_once):
             if isinstance(event, Progress) and event.resumed:
                 log.info("%s, class %d: goes on from step %d of %d", client, event.label, event.step, event.steps)

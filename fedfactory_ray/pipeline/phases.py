@@ -142,7 +142,9 @@ def evaluate_all(
         figures["missing_experts"] = experts.missing
         figures["product_less"] = {m: difference.scalars() for m, difference in tested.differences.items()}
     figures["predictions_sha256"] = tested.digests
-    known = session.storage.read_json(ENVIRONMENT) if session.storage.exists(ENVIRONMENT) else []
+    known = session.storage.read_again(ENVIRONMENT, [])
+    if session.storage.exists(ENVIRONMENT) and not known:
+        known = [{"earlier starts": "unknown"}]  # the file was damaged: jobs/unlearn.py then doubts
     session.storage.write_json(ENVIRONMENT, known + [tested.environment] * (tested.environment not in known))
     session.storage.write_json(EVALUATION, figures)
     return tested, shown

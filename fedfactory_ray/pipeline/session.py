@@ -20,9 +20,9 @@ from fedfactory_ray.cluster.joining import refuse_gone
 from fedfactory_ray.cluster.plan import Plan, connect, make_plan
 from fedfactory_ray.cluster.scaling import release
 from fedfactory_ray.cluster.watchdog import Watchdog
-from fedfactory_ray.data.partition import Partition
+from fedfactory_ray.data.partition import Partition, partition_summary
 from fedfactory_ray.data.source import DataInfo
-from fedfactory_ray.errors import FedFactoryError, ForgottenError, RunConflictError
+from fedfactory_ray.errors import FedFactoryError, ForgottenError, RunConflictError, StorageError
 from fedfactory_ray.federation.exchange import import_modules, set_sha256
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.pipeline.gpus import plan_gpus
@@ -33,6 +33,7 @@ from fedfactory_ray.settings.names import allowed_name
 from fedfactory_ray.storage.artefact import fingerprint
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import CONFIG, FORGETTING, FORGOTTEN, INDICES, PARTITION, SECONDS, SETTINGS
+from fedfactory_ray.storage.lease import hold, refuse_held
 from fedfactory_ray.synthesis.plan import check_validation
 from fedfactory_ray.tracking import runs as tracking
 from fedfactory_ray.tracking.progress import log_lines
@@ -81,7 +82,7 @@ class Session:
     @property
     def worked(self) -> dict[str, float]:
         """Seconds that each phase took until it was done, not those of starts that found it done."""
-        found: dict[str, float] = self.storage.read_json(SECONDS) if self.storage.exists(SECONDS) else {}
+        found: dict[str, float] = self.storage.read_again(SECONDS, {})
         return found
 
 
@@ -94,12 +95,15 @@ def open_session(
     `forgetting` lets jobs/unlearn.py open what it makes; `parent` is the MLflow run to nest below; `draws` tells that
     images will be drawn, of which some have to validate. At the end the MLflow run is marked FINISHED, FAILED or
     KILLED. A worker's refusal is raised as itself. The session's config tells the class names that all agree on.
+    Raises FolderHeldError where another start of the run is at work.
     """
     began = time.monotonic()
     name = run_name(config)
     storage = Storage(config.storage.uri).within(name)
     storage.check()
     refuse_forgotten(storage, forgetting=forgetting)
+    if not config.take_over:
+        refuse_held(storage)
     refuse_gone()
     with log_lines(console), ThreadPoolExecutor(1) as background, ExitStack() as ending:
         found = survey_here(config)
@@ -122,8 +126,10 @@ def open_session(
             check_validation(config, partition)
         clients, streamed = len(partition.clients), streams(config, info, partition)
         plan = make_plan(config.resources, clients=clients, streams=streamed)
+        began_to_hold = ending.enter_context(hold(storage, take_over=config.take_over))
+        refuse_forgotten(storage, forgetting=forgetting)  # it may have been, while this waited
         claim(config.determining() | ({"modules": set_sha256(cards)} if cards else {}), storage)
-        storage.clean()
+        storage.clean(began_to_hold)
         storage.write_json(SETTINGS, config.model_dump(mode="json") | {"name": name})
         save_partition(storage, partition)
         config = config.with_class_names(info.class_names)
@@ -168,8 +174,8 @@ def ended(logged: Future[tracking.Run], watchdog: Watchdog) -> Iterator[None]:
             status = "KILLED"
         why = str(watchdog.gone or "")
         raise
-    except FedFactoryError as refusal:
-        why = str(refusal)
+    except (FedFactoryError, ray.exceptions.RayError) as error:
+        why = str(find_refusal(error) or "")
         raise
     finally:
         if not logged.cancel() and logged.exception() is None:
@@ -190,17 +196,27 @@ def run_name(config: Config) -> str:
 def refuse_forgotten(storage: Storage, *, forgetting: bool = False) -> None:
     """Raise ForgottenError for the folder of a run that had to forget, or of its successor that is not finished."""
     if storage.exists(FORGOTTEN):
-        left = storage.read_json(FORGOTTEN)
+        left = _request(storage, FORGOTTEN)
         raise ForgottenError(
             f"{storage.uri} was deleted on {left['asked_at']}, to forget {', '.join(left['exclude'])}",
             f"its successor {left['successor']}, or another --name to make a new run",
         )
     if storage.exists(FORGETTING) and not forgetting:
-        asked = storage.read_json(FORGETTING)["request"]
+        asked = _request(storage, FORGETTING)
         raise ForgottenError(
             f"{storage.uri} is not finished: it is made from {asked['run']} to forget {', '.join(asked['exclude'])}",
             "the same jobs/unlearn.py again, which goes on from there",
         )
+
+
+def _request(storage: Storage, name: str) -> dict[str, Any]:
+    """The request that a note tells of. Raises StorageError where it is damaged."""
+    found = storage.read_json(name)
+    asked = found.get("request", found) if isinstance(found, dict) else found
+    needed = {"run", "successor", "asked_at", "exclude"}
+    if not isinstance(asked, dict) or not needed <= asked.keys() or not isinstance(asked["exclude"], list):
+        raise StorageError(f"{storage.uri}/{name}", "no request", "the note as it was written")
+    return asked | {"exclude": [str(entry) for entry in asked["exclude"]]}
 
 
 def claim(wanted: dict[str, Any], storage: Storage, *, part: bool = False, another: str = "--name") -> None:
@@ -209,7 +225,7 @@ def claim(wanted: dict[str, Any], storage: Storage, *, part: bool = False, anoth
     Raises RunConflictError where it is another's, telling that `another` option names another folder.
     """
     if storage.exists(CONFIG):
-        there = {name: value for name, value in storage.read_json(CONFIG).items() if name in wanted or not part}
+        there = {name: value for name, value in _claimed(storage).items() if name in wanted or not part}
         theirs = {name: value for name, value in flatten(there).items() if name not in MOVED}
         # JSON turns tuples into lists, so compare what both become.
         ours = json.loads(json.dumps(flatten(wanted)))
@@ -221,13 +237,21 @@ def claim(wanted: dict[str, Any], storage: Storage, *, part: bool = False, anoth
         storage.write_json(CONFIG, wanted)
 
 
+def _claimed(storage: Storage) -> dict[str, Any]:
+    """The settings that claim a folder. Raises StorageError where they are damaged: nobody can tell whose it is."""
+    try:
+        found = storage.read_json(CONFIG)
+        if isinstance(found, dict):
+            return found
+        told = f"a {type(found).__name__}"
+    except StorageError as error:
+        told = error.found
+    mend = "it deleted, so that the same command claims the folder anew and keeps what is its own there"
+    raise StorageError(f"{storage.uri}/{CONFIG}", told, f"the file as it was written; or {mend}")
+
+
 def save_partition(storage: Storage, partition: Partition) -> None:
     """Keep the partition: its indices as Parquet, its digest and counts as JSON."""
     with storage.writing(INDICES) as stream:
         pq.write_table(partition.to_table(), stream)
-    summary = {
-        "sha256": partition.sha256,
-        "clients": partition.clients,
-        "counts": partition.matrix().tolist(),
-    }
-    storage.write_json(PARTITION, summary)
+    storage.write_json(PARTITION, partition_summary(partition))

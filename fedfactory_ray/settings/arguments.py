@@ -44,6 +44,9 @@ def checked(arguments: Sequence[str], others: Iterable[str] = ()) -> list[str]:
     problems: list[str] = []
     for typed, values in _by_flag(arguments):
         flag = moved.get(typed, typed)
+        if flag not in options and flag not in switches:
+            underlined = f"--{flag.removeprefix('--').replace('-', '_')}".replace("--no_", "--no-", 1)
+            flag = underlined if underlined in (*options, *switches) else flag
         if flag in options and len(values) == 1:
             taken.append(f"{flag}={values[0]}")
         elif flag in options and values and get_origin(options[flag].annotation) is tuple:

@@ -6,6 +6,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,13 @@ from rich.text import Text
 from fedfactory_ray.errors import ConfigError, FedFactoryError
 from fedfactory_ray.settings.arguments import checked, help_text
 from fedfactory_ray.settings.config import Config, merge, nested, upgraded
+from fedfactory_ray.settings.names import is_folder_name
 from fedfactory_ray.settings.paths import SUBMITTED, is_relative, located
 from fedfactory_ray.settings.presets import PRESETS
 from fedfactory_ray.storage.layout import SETTINGS
 
+LARGEST_FILE, DEEPEST, MOST_VALUES = 2**20, 10, 10_000
+"""Bytes of a YAML file, its sections inside one another, and its sections and lists of one depth, at most."""
 LOG_WIDTH = 140
 """Columns of a log, unless $COLUMNS tells; rich would fold tables to 80."""
 
@@ -39,14 +43,35 @@ def make_config(
         raise ConfigError([f"preset {preset!r} is unknown: choose one of {', '.join(PRESETS)}"])
     values = PRESETS[preset].values
     if file is not None:
-        try:
-            loaded = yaml.safe_load(Path(file).read_text()) or {}
-        except (OSError, yaml.YAMLError) as error:
-            raise ConfigError([f"{file}: {error}"]) from error
-        if not isinstance(loaded, dict):
-            raise ConfigError([f"{file}: found a {type(loaded).__name__}, needed sections such as `generator:`"])
-        values = merge(values, upgraded(loaded))
+        values = merge(values, upgraded(read_yaml(file)))
     return _combine(values, overrides, others)
+
+
+def read_yaml(file: str) -> dict[str, Any]:
+    """The settings of a YAML file. Raises ConfigError for what is none, or so large or deep that nobody typed it."""
+    try:
+        if Path(file).exists() and not Path(file).is_file():
+            raise ConfigError([f"{file}: found no file, needed one with sections such as `generator:`"])
+        if Path(file).stat().st_size > LARGEST_FILE:
+            raise ConfigError([f"{file}: found {Path(file).stat().st_size} bytes, needed {LARGEST_FILE} at most"])
+        loaded = yaml.safe_load(Path(file).read_text()) or {}
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise ConfigError([f"{file}: {error}"[:1000]]) from error
+    if not isinstance(loaded, dict):
+        raise ConfigError([f"{file}: found a {type(loaded).__name__}, needed sections such as `generator:`"])
+    level: list[Any] = [loaded]
+    for _ in range(DEEPEST):
+        strange = [key for value in level if isinstance(value, dict) for key in value if not isinstance(key, str)]
+        if strange:
+            raise ConfigError([f"{file}: found the key {strange[0]!r:.80}, needed names of settings"])
+        inner = (value.values() if isinstance(value, dict) else value for value in level)
+        # Aliases make much of little: no more is looked at than anybody types.
+        level = list(islice((v for values in inner for v in values if isinstance(v, dict | list)), MOST_VALUES + 1))
+        if len(level) > MOST_VALUES:
+            raise ConfigError([f"{file}: found more than {MOST_VALUES} lists and sections, needed fewer"])
+        if not level:
+            return loaded
+    raise ConfigError([f"{file}: found sections {DEEPEST} deep, needed fewer"])
 
 
 def _combine(values: dict[str, Any], overrides: Sequence[str], others: Sequence[str] = ()) -> Config:
@@ -68,13 +93,16 @@ def stored_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """
     from fedfactory_ray.storage.files import Storage
 
-    if name in ("", ".", "..") or "/" in name:
+    if not is_folder_name(name):
         raise ConfigError([f"name: found {name!r}, needed the name of a run, which is a folder of storage.uri"])
     uri = make_config(overrides=overrides).storage.uri
     storage = Storage(uri).within(name)
     if not storage.exists(SETTINGS):
         raise ConfigError([f"{storage.uri} holds no run: {SETTINGS} is missing; --storage.uri tells where runs lie"])
-    values = merge(upgraded(storage.read_json(SETTINGS)), {"name": None, "storage": {"uri": uri}})
+    stored = storage.read_json(SETTINGS)
+    if not isinstance(stored, dict):
+        raise ConfigError([f"{storage.uri}/{SETTINGS}: found a {type(stored).__name__}, needed a run's settings"])
+    values = merge(upgraded(stored), {"name": None, "storage": {"uri": uri}})
     # Runs were once given names by characters that no new one may have.
     return _combine(values, overrides).model_copy(update={"name": name})
 

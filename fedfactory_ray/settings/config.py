@@ -32,6 +32,7 @@ class Config(BaseSettings):
         frozen=True,
         extra="forbid",
         use_attribute_docstrings=True,
+        allow_inf_nan=False,
         cli_avoid_json=True,
         cli_implicit_flags=True,
         cli_hide_none_type=True,
@@ -52,6 +53,9 @@ class Config(BaseSettings):
     """Folder of modules that were trained elsewhere with jobs/train_client.py; then no client trains here."""
     folder: str | None = None
     """Where relative paths were made absolute from. Set by the command line: the folder in which it was typed."""
+    take_over: bool = Field(False, exclude=True)
+    """Take the run's folder from another start that is still at work there, on any host: it stops at its next
+    heartbeat. One that was killed needs no such order. Never stored."""
     data: DataConfig = DataConfig()
     """Images."""
     partition: PartitionConfig = PartitionConfig()

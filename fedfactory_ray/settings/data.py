@@ -57,6 +57,8 @@ class DataConfig(Section):
     def _classes_differ(cls, names: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if names is not None and (len(set(names)) < max(2, len(names)) or not all(names)):
             raise ValueError(f"class_names {list(names)}: needed two or more, each another")
+        if names is not None and not all(name.isprintable() and len(name) <= 255 for name in names):
+            raise ValueError("class_names: needed names of at most 255 characters that can be printed")
         return names and tuple(normalize("NFC", name) for name in names)
 
     @model_validator(mode="after")
@@ -71,8 +73,11 @@ class DataConfig(Section):
         return self
 
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-EXCLUDED = r"^[A-Za-z0-9][A-Za-z0-9._-]*(/\d+)?$"
+LONGEST_NAME = 128
+"""Characters of a name: with what is added to it, a file system takes it."""
+_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+NAME, EXCLUDED = rf"^{_NAME}$", rf"^{_NAME}(/(0|[1-9][0-9]{{0,8}}))?$"
+"""What people name: runs and clients; and a client, or one of its classes by its number."""
 
 
 class SiloConfig(Section):

@@ -40,5 +40,6 @@ def located(config: Config) -> Config:
         "partition.silos": [silo | {"source": at(silo["source"])} for silo in tree["partition"]["silos"]],
         "modules": config.modules and at(config.modules),
         "folder": here if any(map(is_relative, images)) else config.folder,
+        "take_over": config.take_over,
     }
     return Config.model_validate(merge(tree, nested(changes)))

@@ -90,3 +90,11 @@ class TrackingConfig(Section):
     """MLflow tracking URI; default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
     experiment: str = "fedfactory"
     """MLflow experiment."""
+
+    @field_validator("experiment")
+    @classmethod
+    def _names_a_folder(cls, experiment: str) -> str:
+        # A local store keeps the experiment's files in a folder of this name.
+        if {"", ".", ".."} & set(experiment.removeprefix("/").split("/")) or not experiment.isprintable():
+            raise ValueError(f"experiment {experiment!r:.100}: needed a name, of parts between / that name folders")
+        return experiment

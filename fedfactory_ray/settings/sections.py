@@ -10,11 +10,14 @@ Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Norm = Literal["group", "batch"]
 Flips = Literal["none", "horizontal", "dihedral"]
 
+MOST_LEVELS, MOST_CHANNELS = 8, 4096
+"""Of a generator's network, at most: more is a slip of the pen, or somebody who wants to fill the memory."""
+
 
 class Section(BaseModel):
     """Base of all sections: frozen, and no unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
     added: ClassVar[frozenset[str]] = frozenset()
     """Fields that came later; by default they change nothing of what versions without them made."""
 
@@ -32,13 +35,13 @@ class GeneratorConfig(Section):
 
     channels: tuple[int, ...] = (16, 32)
     """Channels of each level; the resolution halves between levels."""
-    layers_per_block: int = Field(1, ge=1)
+    layers_per_block: int = Field(1, ge=1, le=16)
     """Residual blocks a level."""
     attention_levels: tuple[int, ...] = ()
     """Levels (0 = finest) whose blocks attend over all positions."""
     head_channels: int = Field(8, ge=1)
     """Channels of an attention head; 64 in EDM, and faster on GPUs. Every attending level's must be a multiple."""
-    patch: int = Field(1, ge=1)
+    patch: int = Field(1, ge=1, le=64)
     """Pixel-unshuffle factor before the U-Net: 2 quarters its cost."""
     norm_groups: int = Field(8, ge=1)
     """Groups of each group norm; every entry of `channels` must be a multiple."""
@@ -84,6 +87,10 @@ class GeneratorConfig(Section):
     def _shapes_fit(self) -> GeneratorConfig:
         if not self.channels or any(c % self.norm_groups for c in self.channels):
             raise ValueError(f"channels {self.channels}: each needs to be a multiple of norm_groups={self.norm_groups}")
+        if len(self.channels) > MOST_LEVELS or max(self.channels) > MOST_CHANNELS or min(self.channels) < 1:
+            raise ValueError(
+                f"channels {self.channels}: needed at most {MOST_LEVELS} levels of 1 to {MOST_CHANNELS} channels"
+            )
         if self.min_steps > self.max_steps:
             raise ValueError(f"min_steps={self.min_steps} is above max_steps={self.max_steps}")
         if any(level not in range(len(self.channels)) for level in self.attention_levels):

@@ -106,7 +106,7 @@ class Artefact:
         """Inverse of `to_json`. Raises CardError for what is no card of this kind, or one with facts unknown here."""
         try:
             tree = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise CardError(cls.kind, f"no JSON ({error})") from error
         if not isinstance(tree, dict):
             raise CardError(cls.kind, f"a {type(tree).__name__}")
@@ -123,11 +123,11 @@ class Artefact:
             tree |= {"files": {WEIGHTS: tree.pop("sha256")}} if "sha256" in tree else {}
         known = {field.name: field for field in fields(cls)}
         needed = {name for name, field in known.items() if field.default is field.default_factory is MISSING}
-        unknown = ", ".join(sorted(tree.keys() - known.keys()))
-        if version not in range(FORMAT + 1):
-            raise CardError(cls.kind, f"format {version!r} ({unknown}), where {FORMAT} is known", newer=True)
+        unknown = ", ".join(sorted(tree.keys() - known.keys()))[:200]
+        if type(version) is not int or version not in range(FORMAT + 1):
+            raise CardError(cls.kind, f"format {version!r:.80} ({unknown}), where {FORMAT} is known", newer=True)
         if kind != cls.kind or unknown:
-            raise CardError(cls.kind, unknown or f"the kind {kind!r}")
+            raise CardError(cls.kind, unknown or f"the kind {kind!r:.80}")
         if needed - tree.keys():
             raise CardError(cls.kind, f"nothing of {', '.join(sorted(needed - tree.keys()))}")
         try:
@@ -145,7 +145,10 @@ class Artefact:
     @classmethod
     def read(cls, storage: Storage, place: str) -> Self:
         """See Kept."""
-        return cls.from_json(storage.read(f"{place}/{CARD}"))
+        try:
+            return cls.from_json(storage.read(f"{place}/{CARD}"))
+        except CardError as error:
+            raise CardError(cls.kind, f"{error.found} in {storage.uri}/{place}/{CARD}", newer=error.newer) from error
 
     def whole(self, storage: Storage, place: str) -> bool:
         """See Kept."""

@@ -30,6 +30,8 @@ TABLE, PLOT = "comparison.json", "comparison.png"
 PENDING, FORGETTING, FORGOTTEN = "pending.json", "forgetting.json", "forgotten.json"
 """The request, in a run that is being made into one that forgets; what its successor goes on with, until it is
 finished; and all that is left of a run which had to forget, beside CERTIFICATE, AUDIT and SETTINGS."""
+LEASE, DOOR = "lease.json", "lease.door.json"
+"""Who writes in the folder now; and who looks at the lease now."""
 CERTIFICATE, AUDIT = "certificate.json", "audit.jsonl"
 """How a request was fulfilled, in the successor; and a line for each request, in both runs."""
 TRIAL, BEST_CONFIG = "trial.json", "best.yaml"
@@ -37,7 +39,7 @@ TRIAL, BEST_CONFIG = "trial.json", "best.yaml"
 FILES = frozenset(
     (
         *(CONFIG, SETTINGS, PARTITION, INDICES, MANIFEST, EVALUATION, ENVIRONMENT, SECONDS, TABLE, PLOT),
-        *(PENDING, FORGETTING, CERTIFICATE, AUDIT),
+        *(PENDING, FORGETTING, CERTIFICATE, AUDIT, LEASE),
     )
 )
 """What may lie in a run's folder itself, beside the folders below."""
@@ -47,7 +49,7 @@ FEDERATED, TUNE = "federated", "tune"
 """Checkpoints of federated methods; what Ray Tune keeps while a study runs."""
 CHECKPOINTS = "checkpoints"
 """In the folder of what is still being made: what continues it."""
-MODULE_CARD = re.compile(rf"{MODULES}/(?P<client>[^/]+)/class-(?P<label>\d{{3,}})/{re.escape(CARD)}")
+MODULE_CARD = re.compile(rf"{MODULES}/(?P<client>[^/]+)/class-(?P<label>[0-9]{{3,9}})/{re.escape(CARD)}")
 
 EXPERT_CARD = re.compile(rf"{EXPERTS}/(?P<client>[^/]+)/{re.escape(CARD)}")
 

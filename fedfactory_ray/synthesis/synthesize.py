@@ -14,6 +14,7 @@ from ray.exceptions import ObjectLostError, RayActorError
 from fedfactory_ray.cluster.failures import failures_refused
 from fedfactory_ray.cluster.plan import Worker
 from fedfactory_ray.cluster.stored import find_all
+from fedfactory_ray.errors import ModuleRefusedError
 from fedfactory_ray.generation.card import Modules
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
@@ -78,12 +79,17 @@ class Synthesizer:
         return drawing
 
     def draw(self, unit: Unit) -> Shard:
-        """Draw a unit and write its file."""
+        """Draw a unit and write its file. Raises ModuleRefusedError where the module draws no images."""
         from fedfactory_ray.generation.canary import canary
 
         key = (unit.client, unit.label)
         with failures_refused(f"drawing from the module of client {unit.client!r}, class {unit.label}", REMEDY):
-            images = self.drawing(key).draw(unit.n, unit.seed)
+            try:
+                images = self.drawing(key).draw(unit.n, unit.seed)
+            except FloatingPointError as error:
+                raise ModuleRefusedError(*key, str(error)) from error
+        if self.config.modules is not None and images.min() == images.max():
+            raise ModuleRefusedError(*key, f"every pixel of the {unit.n} images that it draws first is {images.min()}")
         made_of, made_by = unit.fingerprint(self.config, self.modules[key].card), canary(self.device, self.precision)
         return write_shard(self.target, unit, images, made_of, made_by)
 

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+matplotlib.rcParams["text.parse_math"] = False
+"""Names that people gave are no mathematics, whatever stands between two dollars."""
 GRID_COLUMNS = 8
-
-
-def plain(text: str, most: int | None = None) -> str:
-    """Up to `most` characters of a name that people gave, for matplotlib, which takes what is between two dollars for
-    mathematics."""
-    return text[:most].replace("$", r"\$")
+SHORT = 14
+"""Characters of a class's name that a picture has room for."""
 
 
 def sample_grid(
@@ -30,8 +29,8 @@ def sample_grid(
             strip[:, : tiles.shape[1]] = tiles
             axis.imshow(strip.squeeze(), cmap="gray", vmin=0, vmax=255)
             axis.set(xticks=[], yticks=[])
-        row[0].set_ylabel(plain(class_names[label], 14), rotation=0, ha="right", va="center", fontsize=7)
-    axes[0, 0].set_title(plain(f"drawn from {client}"), fontsize=9)
+        row[0].set_ylabel(class_names[label][:SHORT], rotation=0, ha="right", va="center", fontsize=7)
+    axes[0, 0].set_title(f"drawn from {client}", fontsize=9)
     axes[0, 1].set_title("real, held out", fontsize=9)
     return figure
 
@@ -49,10 +48,10 @@ def confusion_plot(confusion: list[list[int]], class_names: list[str], title: st
             colour = "white" if shares[truth, predicted] > 0.5 else "black"
             axis.text(predicted, truth, str(n), ha="center", va="center", fontsize=7, color=colour)
     ticks = range(len(counts))
-    names = [plain(name, 14) for name in class_names]
+    names = [name[:SHORT] for name in class_names]
     axis.set_xticks(ticks, names, rotation=90, fontsize=7)
     axis.set_yticks(ticks, names, fontsize=7)
-    axis.set(xlabel="predicted", ylabel="true", title=plain(title))
+    axis.set(xlabel="predicted", ylabel="true", title=title)
     return figure
 
 
@@ -63,8 +62,8 @@ def partition_plot(matrix: np.ndarray, clients: list[str], class_names: list[str
     client, label = np.nonzero(matrix)
     sizes = matrix[client, label]
     axis.scatter(label, client, s=160 * sizes / sizes.max())
-    axis.set_xticks(range(len(class_names)), [plain(name, 14) for name in class_names], rotation=90, fontsize=7)
-    axis.set_yticks(range(len(clients)), [plain(client) for client in clients], fontsize=7)
+    axis.set_xticks(range(len(class_names)), [name[:SHORT] for name in class_names], rotation=90, fontsize=7)
+    axis.set_yticks(range(len(clients)), list(clients), fontsize=7)
     axis.set(title="images a client and class")
     axis.invert_yaxis()
     return figure
@@ -81,12 +80,12 @@ def comparison_plot(scores: dict[str, dict[str, float]], curves: dict[str, list[
         axes[0].barh(place, value, color="tab:blue", alpha=0.6)
         axes[0].plot([low, high], [place, place], color="black", linewidth=1.5)
         axes[0].text(max(value, high) + 0.01, place, f"{value:.3f}", va="center", fontsize=7)
-    axes[0].set_yticks(range(len(scores)), [plain(method) for method in scores], fontsize=8)
+    axes[0].set_yticks(range(len(scores)), list(scores), fontsize=8)
     axes[0].set(xlim=(0, 1.12), xlabel="test accuracy")
     axes[0].invert_yaxis()
     if curves:
         for method, values in curves.items():
-            axes[1].plot(range(1, len(values) + 1), values, label=plain(method))
+            axes[1].plot(range(1, len(values) + 1), values, label=method)
         axes[1].set(xlabel="round", ylabel="validation accuracy", ylim=(0, 1.02))
         axes[1].legend(fontsize=8)
     return figure
@@ -98,7 +97,7 @@ def recall_plot(before: dict[int, float], after: dict[int, float], class_names: 
     axis = figure.subplots()
     for offset, recall, label in ((-0.2, before, "before"), (0.2, after, "after")):
         axis.bar([y + offset for y in recall], list(recall.values()), width=0.38, label=label)
-    axis.set_xticks(list(before), [plain(class_names[y], 14) for y in before], rotation=90, fontsize=7)
+    axis.set_xticks(list(before), [class_names[y][:SHORT] for y in before], rotation=90, fontsize=7)
     axis.set(ylim=(0, 1.02), ylabel="recall on the test split")
     axis.legend(fontsize=8)
     return figure

@@ -253,6 +253,24 @@ def start_run(config: Config, name: str, folder: str, parent: str | None = None)
     return run
 
 
+def runs_of(client: MlflowClient, experiment_id: str, folder: str) -> list[str]:
+    """Ids of the jobs' runs whose folder is `folder`, the newest first, also of those that were deleted there."""
+    from mlflow.entities import ViewType
+
+    # MLflow's filters know no escape for a quote: `_` stands for any character, so look at what comes back.
+    pattern = folder.replace("'", "_")
+    alike = client.search_runs([experiment_id], f"tags.`{FOLDER}` LIKE '{pattern}'", ViewType.ALL)
+    return [run.info.run_id for run in alike if run.data.tags.get(FOLDER) == folder]
+
+
+def read_artifact(client: MlflowClient, run_id: str, name: str) -> bytes | None:
+    """Content of a run's file; None where it has none of that name."""
+    if name not in {file.path for file in client.list_artifacts(run_id)}:
+        return None
+    with tempfile.TemporaryDirectory() as folder:
+        return Path(client.download_artifacts(run_id, name, folder)).read_bytes()
+
+
 def tracking_client(config: Config) -> tuple[MlflowClient, str]:
     """A client of the configured tracking server, and the id of the experiment.
 
@@ -266,6 +284,6 @@ def tracking_client(config: Config) -> tuple[MlflowClient, str]:
     mlflow.set_tracking_uri(uri)
     client = mlflow.MlflowClient()
     if uri.startswith(SQLITE) and client.get_experiment_by_name(name) is None:
-        files = Path(uri.removeprefix(SQLITE)).absolute().parent / "mlruns" / name
+        files = Path(uri.removeprefix(SQLITE)).absolute().parent / "mlruns" / name.lstrip("/")
         client.create_experiment(name, artifact_location=files.as_uri())
     return client, mlflow.set_experiment(name).experiment_id

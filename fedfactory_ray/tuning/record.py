@@ -75,8 +75,9 @@ class Record:
 
 
 def read_record(storage: Storage, settings: Mapping[str, str]) -> Record:
-    """The record in a trial's storage, an empty one where there is none."""
-    if not storage.exists(TRIAL):
+    """The record in a trial's storage, an empty one where there is none, or a damaged one: then it runs again."""
+    found = storage.read_again(TRIAL, {})
+    try:
+        return Record(settings, [TrialStep(**report) for report in found["reports"]], found["outcome"])
+    except (KeyError, TypeError):
         return Record(settings)
-    found = storage.read_json(TRIAL)
-    return Record(settings, [TrialStep(**report) for report in found["reports"]], found["outcome"])

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from pydantic import TypeAdapter
+
+from fedfactory_ray.errors import CardError, UnlearningError
 from fedfactory_ray.generation.samplers import network_evaluations
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import AUDIT, METHOD, MODULES
+from fedfactory_ray.storage.layout import AUDIT, CERTIFICATE, METHOD, MODULES
 from fedfactory_ray.synthesis.shard import Shard
 from fedfactory_ray.unlearning.facts import Facts, weights
 from fedfactory_ray.unlearning.request import Request
@@ -40,10 +43,16 @@ class Certificate:
 
     @classmethod
     def from_json(cls, text: bytes) -> Certificate:
-        """Inverse of `to_json`."""
-        tree = json.loads(text)
-        request = Request.of(tree.pop("request"))
-        return cls(request=request, before=Facts(**tree.pop("before")), after=Facts(**tree.pop("after")), **tree)
+        """Inverse of `to_json`. Raises UnlearningError for what is no certificate."""
+        try:
+            tree = json.loads(text)
+            certificate = cls(**tree | {"request": Request.of(tree["request"])})
+            found: Certificate = TypeAdapter(cls).validate_python(vars(certificate))
+            # All that is worked out of the facts anew each time.
+            _ = [(facts.cards, facts.shards, facts.digests()) for facts in (found.before, found.after)]
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError, CardError) as error:
+            raise UnlearningError(f"no certificate ({error})"[:500], "certificate.json as it was written") from error
+        return found
 
 
 def what_went(before: Facts, after: Facts) -> dict[str, list[dict[str, Any]]]:
@@ -115,5 +124,21 @@ def note(storage: Storage, line: dict[str, Any]) -> None:
 
 
 def audit_lines(storage: Storage) -> list[dict[str, Any]]:
-    """The lines of a run's audit log."""
-    return [json.loads(line) for line in storage.read(AUDIT).splitlines()] if storage.exists(AUDIT) else []
+    """The lines of a run's audit log: request and the certificate's SHA-256. Raises UnlearningError for others."""
+    text = storage.read(AUDIT) if storage.exists(AUDIT) else b""
+    try:
+        lines = [json.loads(line) for line in text.splitlines()]
+        for line in lines:
+            Request.of(line["request"])
+            if line.keys() != {"request", "certificate_sha256"} or not isinstance(line["certificate_sha256"], str):
+                raise ValueError(f"a line of {', '.join(line)}")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, UnlearningError) as error:
+        raise UnlearningError(f"{storage.uri}/{AUDIT} is damaged ({error})", "the log as it was written") from error
+    return lines
+
+
+def read_certificate(storage: Storage) -> Certificate:
+    """The certificate in a run's folder. Raises UnlearningError where there is none."""
+    if not storage.exists(CERTIFICATE):
+        raise UnlearningError(f"{storage.uri} holds no {CERTIFICATE}", "the finished successor, as it was made")
+    return Certificate.from_json(storage.read(CERTIFICATE))

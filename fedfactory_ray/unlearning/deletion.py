@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import AUDIT, CERTIFICATE, FORGOTTEN, SETTINGS
+from fedfactory_ray.storage.layout import AUDIT, CERTIFICATE, DOOR, FORGOTTEN, LEASE, SETTINGS
 from fedfactory_ray.tracking import runs as tracking
 
 if TYPE_CHECKING:
@@ -15,12 +15,14 @@ if TYPE_CHECKING:
 LEFT = (FORGOTTEN, AUDIT, SETTINGS, CERTIFICATE)
 """Files that stay: the note, the log, the settings, with which the same request is recognised, and the certificate of
 a run that was itself made by forgetting."""
+HELD = (LEASE, DOOR)
+"""Files of whoever works in the folder while it does."""
 
 
 def delete_run(storage: Storage) -> None:
     """Delete all files of a run but those in LEFT."""
     for name in storage.names(""):
-        if name not in LEFT:
+        if name not in (*LEFT, *HELD):
             storage.delete(name)
     storage.prune()
 
@@ -38,8 +40,7 @@ def find_traces(
     every, names = ViewType.ALL, {name for each in clients for name in (each, tracking.expert_run(each))}
     found: dict[str, list[str]] = {"parents": [], "runs": [], "models": []}
     for folder in folders:
-        parents = client.search_runs([experiment_id], f"tags.`{tracking.FOLDER}` = '{folder}'", every)
-        found["parents"] += [run.info.run_id for run in parents]
+        found["parents"] += tracking.runs_of(client, experiment_id, folder)
     for parent in found["parents"]:
         nested = f"tags.`mlflow.parentRunId` = '{parent}'"
         children = client.search_runs([experiment_id], nested, every, max_results=50_000)

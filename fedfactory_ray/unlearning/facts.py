@@ -69,10 +69,21 @@ class Facts:
 
 
 def read_facts(storage: Storage) -> Facts:
-    """The facts of a finished run. Raises UnlearningError where it is not finished."""
+    """The facts of a finished run. Raises UnlearningError where it is not finished, UnlearningError, StorageError or
+    CardError where a file is damaged."""
     for name in (layout.CONFIG, layout.PARTITION, layout.MANIFEST, layout.EVALUATION, layout.ENVIRONMENT):
         if not storage.exists(name):
             raise UnlearningError(f"{storage.uri} holds no finished run, {name} is missing", "jobs/run.py to its end")
+    try:
+        return _facts(storage)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UnlearningError(
+            f"{storage.uri} holds damaged records ({type(error).__name__}: {error})"[:300],
+            "the files as they were made; the command that made the run makes them again",
+        ) from error
+
+
+def _facts(storage: Storage) -> Facts:
     manifest = [Shard.from_tree(line) for line in storage.read_json(layout.MANIFEST)]
     evaluation = storage.read_json(layout.EVALUATION)
     # What was evaluated counts: jobs/compare.py may have fitted more in the same folder.

@@ -10,10 +10,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 from fedfactory_ray.errors import UnlearningError
-from fedfactory_ray.settings.data import NAME
-from fedfactory_ray.settings.names import allowed_name
+from fedfactory_ray.settings.data import EXCLUDED, LONGEST_NAME, NAME
+from fedfactory_ray.settings.names import allowed_name, is_folder_name
 
-LONGEST_NAME = 60
+LONGEST_TOLD = 60
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,19 @@ class Request:
     asked_at: str
 
     @classmethod
-    def of(cls, tree: dict[str, Any]) -> Request:
-        """A request that was stored as JSON."""
-        return cls(**tree | {"exclude": tuple(tree["exclude"])})
+    def of(cls, tree: Any) -> Request:
+        """A request that was stored as JSON. Raises UnlearningError for what is none: its names lead to folders."""
+        try:
+            request = cls(**tree | {"exclude": tuple(tree["exclude"])})
+            texts = (request.run, request.successor, request.asked_by, request.asked_at, *request.exclude)
+            sound = bool(request.exclude) and all(isinstance(text, str) for text in texts)
+            sound = sound and all(re.fullmatch(EXCLUDED, entry) for entry in request.exclude)
+            sound = sound and is_folder_name(request.run) and re.fullmatch(NAME, request.successor) is not None
+        except (TypeError, KeyError):
+            sound = False
+        if not sound:
+            raise UnlearningError(f"a damaged note of a request, {tree!r:.300}", "the note as it was written")
+        return request
 
     @property
     def clients(self) -> list[str]:
@@ -66,6 +76,12 @@ def make_request(
     tells what went. Raises UnlearningError for whom the run does not have, where nobody would be left, and for a
     successor that may not have its name.
     """
+    if successor is not None and not re.fullmatch(NAME, successor):
+        raise UnlearningError(
+            f"--name {successor!r:.300}", f"letters, digits and ._- ({LONGEST_NAME} at most: it names a folder)"
+        )
+    if successor == run:
+        raise UnlearningError(f"--name {successor}, the run itself", "the name of a new run")
     entries = []
     for client in sorted(set(clients)):
         if client in gone:
@@ -84,10 +100,11 @@ def make_request(
     if all(client in entries for client in held):
         raise UnlearningError(f"run {run} would have no client left", "a run of at least one other client")
     told = "-".join(entry.replace("/", ".") for entry in entries)
-    if len(told) > LONGEST_NAME:
+    if len(told) > LONGEST_TOLD:
         told = f"{len(entries)}-{hashlib.sha256(told.encode()).hexdigest()[:8]}"
-    if successor is not None and not re.fullmatch(NAME, successor):
-        raise UnlearningError(f"--name {successor!r}", "letters, digits and ._- (it names a folder)")
-    successor = successor or f"{allowed_name(run, otherwise='run')}-without-{told}"
+    if successor is None:
+        successor = f"{allowed_name(run, otherwise='run')}-without-{told}"
+        if len(successor) > LONGEST_NAME:
+            successor = f"without-{told}-{hashlib.sha256(successor.encode()).hexdigest()[:8]}"
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return Request(run, tuple(sorted(entries)), successor, asked_by, now)

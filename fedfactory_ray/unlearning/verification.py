@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import posixpath
-import re
 import tempfile
 import uuid
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from rich.console import Console
 
-from fedfactory_ray.errors import UnlearningError
+from fedfactory_ray.data.partition import Partition, partition_summary
+from fedfactory_ray.errors import FedFactoryError, UnlearningError
 from fedfactory_ray.pipeline import phases
 from fedfactory_ray.pipeline.session import refuse_forgotten
 from fedfactory_ray.settings.config import Config, merge
@@ -22,9 +23,11 @@ from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.plan import make_units
 from fedfactory_ray.synthesis.shard import Shard, read_shard
 from fedfactory_ray.tracking import runs as tracking
-from fedfactory_ray.unlearning.certificate import Certificate, audit_lines
-from fedfactory_ray.unlearning.deletion import LEFT, find_traces, traces_left
-from fedfactory_ray.unlearning.facts import AT_ONCE, Facts, differing_weights, read_facts, weights
+from fedfactory_ray.unlearning.certificate import Certificate, audit_lines, what_stayed, what_went
+from fedfactory_ray.unlearning.deletion import find_traces, traces_left
+from fedfactory_ray.unlearning.facts import AT_ONCE, Facts, differing_weights, read_facts
+from fedfactory_ray.unlearning.request import Request
+from fedfactory_ray.unlearning.residue import deleted_content, left_in_new, left_in_old, misplaced
 
 
 @dataclass(frozen=True)
@@ -33,33 +36,6 @@ class Check:
 
     name: str
     wrong: list[str]
-
-
-def left_in_old(old: Storage) -> list[str]:
-    """Files of a deleted run that should be gone."""
-    return [f"{old.uri}/{name}" for name in old.names("") if name not in LEFT]
-
-
-def left_in_new(new: Storage, after: Facts, gone: dict[str, list[dict[str, Any]]]) -> list[str]:
-    """Files of the new run that hold something forgotten, by their names and by the content of weights.
-
-    Every file must be one that the run accounts for, or one that jobs/compare.py may have added since. An unknown one
-    (a checkpoint, say) counts as left.
-    """
-    accounted = weights(after)
-    cards = {f"{posixpath.dirname(name)}/{layout.CARD}" for name in accounted}
-    units = {shard.file for shard in after.shards}
-    clients = {card.client for card in after.cards}
-    lone = layout.lone_classifier("")
-    ours = lone if after.classifier is None else f"{lone}|{layout.METHOD}/"
-    compared = [rf"{layout.CLASSIFIERS}/(?!{ours})[^/]+"]
-    compared += [re.escape(layout.classifier_folder(layout.lone_classifier(client))) for client in clients]
-    compared += [re.escape(layout.expert_folder(client)) for client in clients if client not in after.experts]
-    finished = re.compile(f"({'|'.join(compared)})/({re.escape(layout.WEIGHTS)}|{re.escape(layout.CARD)})")
-    known = layout.FILES | cards | units | accounted.keys()
-    found = [f"{new.uri}/{name}" for name in new.names("") if name not in known and not finished.fullmatch(name)]
-    digests = {entry["sha256"] for kind in ("modules", "weights") for entry in gone[kind]}
-    return found + [f"{new.uri}/{name}" for name, digest in accounted.items() if digest in digests]
 
 
 def wrong_rows(new: Storage, certificate: Certificate, config: Config) -> list[str]:
@@ -87,41 +63,109 @@ def differences(ours: Facts, theirs: Facts) -> list[str]:
     return sorted(name for name in a.keys() | b.keys() if a.get(name) != b.get(name))
 
 
-def verify(uri: str, config: Config, console: Console, *, retrain: bool = False) -> tuple[Certificate, list[Check]]:
+def wrong_partition(new: Storage, after: Facts) -> list[str]:
+    """The partition's files, where they are not what the certificate says, or not of one another."""
+    summary = new.read_json(layout.PARTITION)
+    try:
+        table = pq.read_table(new.path(layout.INDICES), filesystem=new.filesystem)
+        partition = Partition.from_table(table, len(summary["counts"][0]))
+        same = summary == partition_summary(partition) and partition.sha256 == after.partition_sha256
+    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError):  # each a way of being none
+        same = False
+    return [] if same else [f"{layout.INDICES} and {layout.PARTITION}"]
+
+
+def contradictions(certificate: Certificate) -> list[str]:
+    """What of a certificate does not follow from the rest of it."""
+    request, before, after = certificate.request, certificate.before, certificate.after
+    told = {kind: lines for kind, lines in certificate.deleted.items() if kind != "files"}
+    wrong = ["what was deleted"] * (told != what_went(before, after))
+    wrong += ["what was kept"] * (certificate.kept != what_stayed(before, after))
+    left = [f"a module of {card.client}, class {card.label}" for card in after.cards if request.forgets(*card.key)]
+    return wrong + left
+
+
+def verify(
+    uri: str, config: Config, console: Console, *, retrain: bool = False
+) -> tuple[Certificate | None, list[Check]]:
     """Check the certificate at `uri`, the file in its run's folder. `config` is that run's, as it is stored.
 
     `retrain` makes the run without the client from nothing, in a folder of its own that is deleted again, and compares
-    every digest. Raises UnlearningError where there is no certificate, or where the run is not finished.
+    every digest. A certificate that cannot be read fails the one check there is. Raises UnlearningError where there is
+    no certificate, or where the run is not finished.
     """
     new = Storage(uri).parent
     refuse_forgotten(new, forgetting=True)
     if not new.exists(layout.CERTIFICATE) or new.exists(layout.FORGETTING):
         raise UnlearningError(f"{new.uri} holds no certificate of a finished request", "jobs/unlearn.py to its end")
     text = new.read(layout.CERTIFICATE)
-    certificate = Certificate.from_json(text)
-    old = new.parent.within(certificate.request.run)
-    digest = hashlib.sha256(text).hexdigest()
-    noted = [[line["certificate_sha256"] for line in audit_lines(run)] for run in (old, new)]
+    try:
+        certificate = Certificate.from_json(text)
+    except UnlearningError as error:
+        return None, [Check("the certificate can be read", [_line(error)])]
+    request, after = certificate.request, certificate.after
+    old, digest = new.parent.within(request.run), hashlib.sha256(text).hexdigest()
     client, experiment_id = tracking.tracking_client(config)
-    folders = [new.parent.within(line["request"]["run"]).uri for line in audit_lines(old)]
-    found = find_traces(client, experiment_id, folders, certificate.request.clients)
-    traces = {kind: sorted({*ids, *found[kind]}) for kind, ids in certificate.mlflow.items()}
-    traces["models"] = certificate.mlflow["models"]
+
+    def note() -> list[str]:
+        there = Request.of(old.read_json(layout.FORGOTTEN)) if old.exists(layout.FORGOTTEN) else None
+        return [] if there == request and new.name == request.successor else [f"{old.uri}/{layout.FORGOTTEN}"]
+
+    def logs() -> list[str]:
+        noted = [[line["certificate_sha256"] for line in audit_lines(run)] for run in (old, new)]
+        return [] if all(digest in each for each in noted) else [layout.AUDIT]
+
+    def copies() -> list[str]:
+        runs = tracking.runs_of(client, experiment_id, new.uri)
+        found = {run: tracking.read_artifact(client, run, layout.CERTIFICATE) for run in runs}
+        # A start that was killed before it was noted in the logs left one of its own.
+        logged = {run: copy for run, copy in found.items() if copy is not None}
+        return [] if not logged or text in logged.values() else [f"run {run}" for run in logged]
+
+    def same() -> list[str]:
+        there = read_facts(new)
+        scores = [f"scores, {name}" for name in after.scores if there.scores.get(name) != after.scores[name]]
+        return differences(there, after) + scores
+
+    def files() -> list[str]:
+        found = left_in_old(old) + left_in_new(new, after) + misplaced(old, old=True) + misplaced(new)
+        found += [each for run in (old, new) for each in deleted_content(run, certificate.deleted)]
+        return list(dict.fromkeys(found))
+
+    def traces() -> list[str]:
+        folders = [new.parent.within(line["request"]["run"]).uri for line in audit_lines(old)]
+        found = find_traces(client, experiment_id, folders, request.clients)
+        known = {kind: sorted({*ids, *found[kind]}) for kind, ids in certificate.mlflow.items()}
+        return traces_left(client, known | {"models": certificate.mlflow["models"]})
+
     checks = [
-        Check("the audit logs name this certificate", [] if all(digest in each for each in noted) else [layout.AUDIT]),
-        Check("the run is what the certificate says", differences(read_facts(new), certificate.after)),
-        Check("weights are whole", differing_weights(new, certificate.after)),
-        Check("no unit holds a row of the forgotten", wrong_rows(new, certificate, config)),
-        Check(
-            "no file is left of the forgotten",
-            left_in_old(old) + left_in_new(new, certificate.after, certificate.deleted),
-        ),
-        Check("MLflow holds no artifact of the forgotten", traces_left(client, traces)),
+        _check("the certificate agrees with itself", lambda: contradictions(certificate)),
+        _check("the old run's note is this request", note),
+        _check("the audit logs name this certificate", logs),
+        _check("MLflow's copy of the certificate is this one", copies),
+        _check("the run is what the certificate says", same),
+        _check("the partition is what the certificate says", lambda: wrong_partition(new, after)),
+        _check("weights are whole", lambda: differing_weights(new, after)),
+        _check("no unit holds a row of the forgotten", lambda: wrong_rows(new, certificate, config)),
+        _check("no file is left of the forgotten", files),
+        _check("MLflow holds no artifact of the forgotten", traces),
     ]
     if retrain:
         again = _retrained(config, certificate, new, console)
-        checks.append(Check("a run from nothing is equal", differences(certificate.after, again)))
+        checks.append(Check("a run from nothing is equal", differences(after, again)))
     return certificate, checks
+
+
+def _check(name: str, find: Callable[[], list[str]]) -> Check:
+    """A check, which fails where what it looks at is missing or damaged."""
+    try:
+        return Check(name, find())
+    except (FedFactoryError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        return Check(name, [_line(error)])
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _retrained(config: Config, certificate: Certificate, new: Storage, console: Console) -> Facts:
