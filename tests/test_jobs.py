@@ -6,11 +6,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlflow
+import pytest
 from conftest import write_npz
+from small_runs import wait_for
 
 RUN = Path(__file__).parents[1] / "jobs" / "run.py"
 SMALL = """
@@ -20,6 +21,7 @@ synthesis: {images_per_class: 16, batch_size: 8, unit_size: 8}
 classifier: {epochs: 1, batch_size: 16}
 resources: {classifier: {threads: 1}}
 baselines: [none]
+storage: {checkpoint_seconds: 1}
 name: small
 """
 
@@ -48,6 +50,7 @@ def test_the_job_ends_with_a_table_and_a_line_that_tells_how_to_browse(undisturb
     assert (undisturbed_folder / "runs" / "small" / "evaluation.json").exists()
 
 
+@pytest.mark.cluster
 def test_a_missing_file_is_refused_with_its_path_and_checksum(tmp_path: Path) -> None:
     job = start(tmp_path, "--data.source", "medmnist:bloodmnist", "--data.root", "here", "--no-data.download")
     _, err = job.communicate(timeout=200)
@@ -58,16 +61,12 @@ def test_a_missing_file_is_refused_with_its_path_and_checksum(tmp_path: Path) ->
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.cluster
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
     write_npz(tmp_path / "stripes.npz", n=30)
     job = start(tmp_path, "--data.source", "stripes.npz", steps=100_000)
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    waited = time.monotonic()
-    while not (tmp_path / "runs" / "small" / "partition.json").exists():
-        assert job.poll() is None
-        assert time.monotonic() - waited < 200
-        time.sleep(0.5)
-    time.sleep(15)  # into the training of modules
+    wait_for(lambda: list(tmp_path.glob("runs/small/modules/*/*/checkpoints/*/*/card.json")), job)
     os.kill(job.pid, signal.SIGINT)
     _, err = job.communicate(timeout=100)
     assert job.returncode == 130

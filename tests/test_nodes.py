@@ -20,6 +20,7 @@ from conftest import write_npz
 from ray.cluster_utils import Cluster
 from small_runs import ROOT, finish, start, wait_for
 
+pytestmark = pytest.mark.cluster
 SPREAD: dict[str, Any] = {"classifier": {"threads": 1}, "max_actors": 3}
 """An actor a client, on nodes of their own."""
 
@@ -118,12 +119,13 @@ def test_four_nodes_share_the_work_and_whatever_dies_costs_no_row(
         wait_for(lambda: workers("ClientActor.train"), job)[0].kill()
         wait_for(lambda: list(run.glob("modules/*/*/card.json")), job)
         cluster.remove_node(wait_for(lambda: node_of(cluster, "ClientActor"), job), allow_graceful=False)
-        wait_for(lambda: drawn() > 2, job)
-        end(job, signal.SIGINT, 130)
-        # A synthesis actor; then the driver between two checkpoints of the fit.
-        job = start(tmp_path, stripes, resources=SPREAD)
+        # A synthesis actor; then Ctrl-C between synthetic files.
         wait_for(lambda: on_several_nodes("MapWorker"), job)
         workers("MapWorker")[0].kill()
+        wait_for(lambda: drawn() > 2, job)
+        end(job, signal.SIGINT, 130)
+        # The driver between two checkpoints of the fit.
+        job = start(tmp_path, stripes, resources=SPREAD)
         wait_for(lambda: list(run.glob("train-fedfactory-*/checkpoint_*/fit.json")), job)
         before = {path: path.stat().st_mtime_ns for path in run.glob("modules/*/*/model.safetensors")}
         end(job, signal.SIGKILL, -9)
