@@ -118,6 +118,12 @@ OPTIMIZER = "classification.step import make_optimizer; from fedfactory_ray.sett
     ("code", "spared"),
     [
         pytest.param(f"{DIGITS}; open_source(DataConfig(source='digits')).labels('train')", {"sklearn"}, id="digits"),
+        pytest.param(
+            "data.transforms import resize_batch; from fedfactory_ray.settings.data import DataConfig; import numpy\n"
+            "DataConfig(source='medmnist:bloodmnist'); resize_batch(numpy.zeros((1, 9, 9, 1), 'uint8'), 8)",
+            {"torch", "torchvision", "sklearn", "medmnist"},
+            id="medmnist, resized",
+        ),
         pytest.param("classification.prediction import score", {"sklearn", "scipy.stats", "pandas"}, id="evaluation"),
         pytest.param(
             f"{OPTIMIZER}; import torch; n = torch.nn.Linear(1, 1); n(torch.ones(1)).backward()\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import zipfile
 import zlib
@@ -21,6 +22,7 @@ from fedfactory_ray.data.transforms import resize_batch
 from fedfactory_ray.errors import DataInvalidError, DataMissingError
 from fedfactory_ray.seeds import random_state
 from fedfactory_ray.settings.data import DataConfig
+from fedfactory_ray.settings.medmnist import medmnist_info
 
 CHUNK_BYTES = 2**24
 NAMED = "train_images, train_labels, test_images and test_labels: np.savez(file, train_images=x_train, …)"
@@ -235,28 +237,27 @@ class Cifar10:
 
 
 def _medmnist_class_names(config: DataConfig) -> list[str]:
-    from medmnist import INFO
-
-    names = INFO[config.source.partition(":")[2]]["label"]
+    names = medmnist_info()[config.source.partition(":")[2]]["label"]
     return [names[str(y)] for y in range(len(names))]
 
 
 def _medmnist_file(config: DataConfig) -> Path:
     """The verified file of a MedMNIST set, downloaded where allowed and possible."""
-    from medmnist import INFO
-    from torchvision.datasets.utils import check_integrity, download_url
-
     flag = config.source.partition(":")[2]
     suffix = "" if config.size == 28 else f"_{config.size}"
-    info, path = INFO[flag], Path(config.root).expanduser() / f"{flag}{suffix}.npz"
+    info, path = medmnist_info()[flag], Path(config.root).expanduser() / f"{flag}{suffix}.npz"
     url, checksum = info[f"url{suffix}"], info[f"MD5{suffix}"]
     if config.download and not path.exists():
+        from torchvision.datasets.utils import download_url
+
         try:
             download_url(url, str(path.parent), path.name, checksum)
         except (OSError, RuntimeError) as error:
             raise DataMissingError(path, checksum, url) from error
     if not path.exists():
         raise DataMissingError(path, checksum, url)
-    if not check_integrity(str(path), checksum):
+    with path.open("rb") as content:
+        found = hashlib.file_digest(content, "md5").hexdigest()
+    if found != checksum:
         raise DataInvalidError(path, "another MD5 than MedMNIST's", f"{checksum}; delete the file to download it again")
     return path
