@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # other tests beside these or of some that were killed; so nobody else has ever had it.
 RAY_TMPDIR = tempfile.mkdtemp(prefix="ff-")
 atexit.register(shutil.rmtree, RAY_TMPDIR, ignore_errors=True)
+atexit.register(gc.freeze)  # or torch's and MLflow's objects are searched for cycles, seconds long, as the tests end
 os.environ["RAY_TMPDIR"] = RAY_TMPDIR
 
 SHARED_DATA = Path(os.environ.get("FEDFACTORY_DATA", Path(__file__).parents[2] / "shared" / "data"))
