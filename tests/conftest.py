@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,14 +16,17 @@ import pytest
 from filelock import FileLock
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 # Several processes share few cores: threads that wait for one another shall not spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# Test processes side by side have a Ray each, and a driver joins whatever it finds in this folder.
-RAY_TMPDIR = Path(tempfile.gettempdir(), f"ff-{os.environ.get('PYTEST_XDIST_WORKER', 'main')}-{os.getuid()}")
-RAY_TMPDIR.mkdir(exist_ok=True)
-os.environ["RAY_TMPDIR"] = str(RAY_TMPDIR)
+# Every test process has a Ray of its own. A driver joins, or waits for, whatever a head noted in this folder, be it of
+# other tests beside these or of some that were killed; so nobody else has ever had it.
+RAY_TMPDIR = tempfile.mkdtemp(prefix="ff-")
+atexit.register(shutil.rmtree, RAY_TMPDIR, ignore_errors=True)
+atexit.register(gc.freeze)  # or torch's and MLflow's objects are searched for cycles, seconds long, as the tests end
+os.environ["RAY_TMPDIR"] = RAY_TMPDIR
 
 SHARED_DATA = Path(os.environ.get("FEDFACTORY_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -89,12 +95,18 @@ def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     server.stop()
 
 
-HEAVY = ("test_nodes.py", "test_unlearning_nodes.py", "test_unlearning.py", "test_golden.py", "test_submit.py")
+HEAVY = ("test_nodes.py", "test_unlearning.py", "test_pipeline.py", "test_golden.py", "test_unlearning_nodes.py")
+ON_RAY = {"cluster", "undisturbed_folder"}
+"""Fixtures that start Ray; a test that starts it otherwise is marked where it stands."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The files that take longest go first, so that test processes side by side end together."""
+    """The files that take longest go first, so that test processes side by side end together; what uses Ray is marked
+    `cluster`."""
     items.sort(key=lambda item: HEAVY.index(item.path.name) if item.path.name in HEAVY else len(HEAVY))
+    for item in items:
+        if ON_RAY & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.cluster)
 
 
 @pytest.fixture(scope="session")

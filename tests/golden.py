@@ -34,6 +34,8 @@ SMALL: dict[str, Any] = {
     "synthesis": {"images_per_class": 24, "batch_size": 8, "unit_size": 8},
     "classifier": {"epochs": 2, "batch_size": 16},
     "federated": {"rounds": 2, "local_epochs": 1},
+    # Bytes do not depend on it, and every actor imports for seconds.
+    "resources": {"max_actors": 1},
 }
 
 

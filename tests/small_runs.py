@@ -142,5 +142,5 @@ def wait_for(happened: Callable[[], Any], job: subprocess.Popen[str]) -> Any:
         if found:
             return found
         assert job.poll() is None, job.communicate()[0]
-        time.sleep(0.02)
+        time.sleep(0.1)  # looking costs CPU that the job needs
     raise AssertionError(f"it did not happen in {LONGEST} s")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 
 from fedfactory_ray.errors import UsageError
@@ -78,3 +80,10 @@ def test_the_help_has_every_setting_with_what_one_types() -> None:
         assert part in text
     for part in ("None", "tuple", "str]", "Literal"):
         assert part not in text
+
+
+def test_a_job_that_ends_searches_for_no_cycles() -> None:
+    gc.unfreeze()
+    assert exit_status(lambda: None) == 0
+    assert gc.get_freeze_count() > 0
+    gc.unfreeze()

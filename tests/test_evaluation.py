@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from sklearn import metrics
 
 from fedfactory_ray.classification.evaluation import Evaluation, Interval, calibration_error, evaluate
+from fedfactory_ray.classification.metrics import auroc
 
 # Six images of three classes: five right by their first choice but for images 2 and 5.
 PROBABILITIES = np.array(
@@ -58,6 +59,14 @@ def test_metrics_equal_those_of_sklearn(n: int, classes: int, seed: int) -> None
     assert found.recall == pytest.approx(metrics.recall_score(labels, predicted, average=None))
     assert found.confusion == metrics.confusion_matrix(labels, predicted).tolist()
     assert found.majority == pytest.approx(np.bincount(labels).max() / n)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(10, 60), st.integers(1, 5), st.integers(0, 10_000))
+def test_equal_scores_count_half_as_in_sklearn(n: int, levels: int, seed: int) -> None:
+    draw = np.random.RandomState(seed)
+    positive, scores = np.arange(n) % 3 == 0, draw.randint(0, levels, n).astype(float)
+    assert auroc(positive, scores) == pytest.approx(metrics.roc_auc_score(positive, scores))
 
 
 def test_nothing_saturates_however_certain_the_classifier_is() -> None:

@@ -110,6 +110,37 @@ def test_what_needs_no_torch_does_not_load_it(modules: tuple[str, ...]) -> None:
     assert found.stdout.split() == ["False"]
 
 
+DIGITS = "data.readers import open_source; from fedfactory_ray.settings.data import DataConfig"
+OPTIMIZER = "classification.step import make_optimizer; from fedfactory_ray.settings.sections import ClassifierConfig"
+
+
+@pytest.mark.parametrize(
+    ("code", "spared"),
+    [
+        pytest.param(f"{DIGITS}; open_source(DataConfig(source='digits')).labels('train')", {"sklearn"}, id="digits"),
+        pytest.param(
+            "data.transforms import resize_batch; from fedfactory_ray.settings.data import DataConfig; import numpy\n"
+            "DataConfig(source='medmnist:bloodmnist'); resize_batch(numpy.zeros((1, 9, 9, 1), 'uint8'), 8)",
+            {"torch", "torchvision", "sklearn", "medmnist"},
+            id="medmnist, resized",
+        ),
+        pytest.param("classification.prediction import score", {"sklearn", "scipy.stats", "pandas"}, id="evaluation"),
+        pytest.param(
+            f"{OPTIMIZER}; import torch; n = torch.nn.Linear(1, 1); n(torch.ones(1)).backward()\n"
+            "for kind in ('sgd', 'adamw'):\n"
+            "    made = make_optimizer(ClassifierConfig(optimizer=kind), n, torch.device('cpu'))\n"
+            "    made.step(); made.zero_grad(set_to_none=False); made.load_state_dict(made.state_dict())",
+            {"torch._dynamo", "sympy"},
+            id="a fit",
+        ),
+    ],
+)
+def test_what_costs_seconds_to_import_is_spared(code: str, spared: set[str]) -> None:
+    code = f"from {PACKAGE}.{code}\nimport sys; print(sorted({spared!r} & sys.modules.keys()))"
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.stdout.split() == ["[]"], found.stdout + found.stderr
+
+
 def test_no_test_module_imports_another() -> None:
     for file in (ROOT / "tests").glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):

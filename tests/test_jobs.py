@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlflow
+import pytest
+import ray
 from conftest import write_npz
+from small_runs import LONGEST, wait_for
 
 RUN = Path(__file__).parents[1] / "jobs" / "run.py"
 SMALL = """
@@ -20,13 +22,14 @@ synthesis: {images_per_class: 16, batch_size: 8, unit_size: 8}
 classifier: {epochs: 1, batch_size: 16}
 resources: {classifier: {threads: 1}}
 baselines: [none]
+storage: {checkpoint_seconds: 1}
 name: small
 """
 
 
-def start(folder: Path, *arguments: str, steps: int = 10) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str, steps: int = 10, **variables: str) -> subprocess.Popen[str]:
     (folder / "small.yaml").write_text(SMALL.replace("STEPS", str(steps)))
-    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    environment = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")} | variables
     return subprocess.Popen(
         [sys.executable, str(RUN), "--config", "small.yaml", *arguments],
         cwd=folder,
@@ -48,9 +51,10 @@ def test_the_job_ends_with_a_table_and_a_line_that_tells_how_to_browse(undisturb
     assert (undisturbed_folder / "runs" / "small" / "evaluation.json").exists()
 
 
-def test_a_missing_file_is_refused_with_its_path_and_checksum(tmp_path: Path) -> None:
-    job = start(tmp_path, "--data.source", "medmnist:bloodmnist", "--data.root", "here", "--no-data.download")
-    _, err = job.communicate(timeout=200)
+def test_a_missing_file_is_refused_with_its_path_and_checksum(cluster: None, tmp_path: Path) -> None:
+    source = ("--data.source", "medmnist:bloodmnist", "--data.root", "here", "--no-data.download")
+    job = start(tmp_path, *source, RAY_ADDRESS=ray.get_runtime_context().gcs_address)
+    _, err = job.communicate(timeout=LONGEST)
     assert job.returncode == 2
     assert "bloodmnist.npz" in err
     assert "expected MD5: 7053d0359d879ad8a5505303e11de1dc" in err
@@ -58,18 +62,14 @@ def test_a_missing_file_is_refused_with_its_path_and_checksum(tmp_path: Path) ->
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.cluster
 def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
     write_npz(tmp_path / "stripes.npz", n=30)
     job = start(tmp_path, "--data.source", "stripes.npz", steps=100_000)
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    waited = time.monotonic()
-    while not (tmp_path / "runs" / "small" / "partition.json").exists():
-        assert job.poll() is None
-        assert time.monotonic() - waited < 200
-        time.sleep(0.5)
-    time.sleep(15)  # into the training of modules
+    wait_for(lambda: list(tmp_path.glob("runs/small/modules/*/*/checkpoints/*/*/card.json")), job)
     os.kill(job.pid, signal.SIGINT)
-    _, err = job.communicate(timeout=100)
+    _, err = job.communicate(timeout=LONGEST)
     assert job.returncode == 130
     assert "The same command goes on from here" in err
     assert "Traceback" not in err
@@ -79,7 +79,7 @@ def test_ctrl_c_stops_cleanly_and_says_how_to_go_on(tmp_path: Path) -> None:
 
 def test_the_comparison_refuses_what_it_cannot_do_before_anything_starts(tmp_path: Path) -> None:
     command = [sys.executable, str(RUN.with_name("compare.py")), "--methods", "fedavg", "fedsgd", "--seed", "3"]
-    job = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=200, check=False)
+    job = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=LONGEST, check=False)
     assert job.returncode == 2
     assert "fedsgd unknown: choose of centralised, local, fedavg" in job.stderr
     assert "Traceback" not in job.stderr

@@ -18,8 +18,9 @@ import torch
 from clusters import nodes
 from conftest import write_npz
 from ray.cluster_utils import Cluster
-from small_runs import ROOT, finish, start, wait_for
+from small_runs import LONGEST, ROOT, finish, start, wait_for
 
+pytestmark = pytest.mark.cluster
 SPREAD: dict[str, Any] = {"classifier": {"threads": 1}, "max_actors": 3}
 """An actor a client, on nodes of their own."""
 
@@ -68,7 +69,7 @@ def test_logical_gpus_on_two_nodes_are_pinned_shared_and_queued_for(
         made = finish(start(tmp_path, stripes, resources=resources), tmp_path)
         monkeypatch.delenv("RAY_JOB_CONFIG_JSON_ENV_VAR")
         without_cuda = start(tmp_path, stripes, resources=resources, name="without-cuda")
-        out, _ = without_cuda.communicate(timeout=100)
+        out, _ = without_cuda.communicate(timeout=LONGEST)
     if not torch.cuda.is_available():
         assert without_cuda.returncode == 2
         assert "assigned by Ray, and torch" in out
@@ -104,7 +105,7 @@ def test_four_nodes_share_the_work_and_whatever_dies_costs_no_row(
 
     def end(job: subprocess.Popen[str], kill: signal.Signals, status: int) -> None:
         job.send_signal(kill)
-        out, _ = job.communicate(timeout=60)
+        out, _ = job.communicate(timeout=LONGEST)
         assert job.returncode == status, out
 
     with nodes(monkeypatch, *[{"num_cpus": 1}] * 4) as cluster:
@@ -118,12 +119,13 @@ def test_four_nodes_share_the_work_and_whatever_dies_costs_no_row(
         wait_for(lambda: workers("ClientActor.train"), job)[0].kill()
         wait_for(lambda: list(run.glob("modules/*/*/card.json")), job)
         cluster.remove_node(wait_for(lambda: node_of(cluster, "ClientActor"), job), allow_graceful=False)
-        wait_for(lambda: drawn() > 2, job)
-        end(job, signal.SIGINT, 130)
-        # A synthesis actor; then the driver between two checkpoints of the fit.
-        job = start(tmp_path, stripes, resources=SPREAD)
+        # A synthesis actor; then Ctrl-C between synthetic files.
         wait_for(lambda: on_several_nodes("MapWorker"), job)
         workers("MapWorker")[0].kill()
+        wait_for(lambda: drawn() > 2, job)
+        end(job, signal.SIGINT, 130)
+        # The driver between two checkpoints of the fit.
+        job = start(tmp_path, stripes, resources=SPREAD)
         wait_for(lambda: list(run.glob("train-fedfactory-*/checkpoint_*/fit.json")), job)
         before = {path: path.stat().st_mtime_ns for path in run.glob("modules/*/*/model.safetensors")}
         end(job, signal.SIGKILL, -9)
@@ -186,6 +188,25 @@ def test_natural_silos_are_read_on_their_own_nodes_alone(tmp_path: Path, monkeyp
         assert compared.returncode == 0, compared.stdout + compared.stderr
         lines = json.loads((tmp_path / "runs" / "small" / "comparison.json").read_text())["lines"]
         assert [line["method"] for line in lines][2:] == ["local, ensemble", "fedavg"]
+        # The same silos apart, without a cluster: the same modules, which then travel as files.
+        apart = [
+            subprocess.Popen(
+                [
+                    *(sys.executable, str(ROOT / "jobs" / "train_client.py"), "--config", "small.yaml"),
+                    *("--client", name, "--data", str(files[name]), "--out", "exchange"),
+                ],
+                cwd=tmp_path,
+                env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
+            )
+            for name in ("north", "south")
+        ]
+        assert [job.wait() for job in apart] == [0, 0]
+        for name, digest in made.items():
+            if name.startswith("modules/"):
+                assert hashlib.sha256((tmp_path / "exchange" / name).read_bytes()).hexdigest() == digest, name
+        again = tmp_path / "again"
+        again.mkdir()
+        assert finish(start(again, files["test"], modules=str(tmp_path / "exchange")), again) == made
     notes = [json.loads(line) for line in (tmp_path / "hooks.jsonl").read_text().splitlines()]
     assert len({entry["pid"] for entry in notes if entry.get("opened") == str(files["north"])}) >= 2  # both jobs
     readers = {
@@ -195,24 +216,3 @@ def test_natural_silos_are_read_on_their_own_nodes_alone(tmp_path: Path, monkeyp
     assert readers["north"] != readers["south"]
     assert readers["north"] | readers["south"] <= set(ids[1:])
     assert {runs["north"].data.tags["node"]} == readers["north"]
-
-    # The same silos apart, without a cluster: the same modules, which then travel as files.
-    apart = [
-        subprocess.Popen(
-            [
-                *(sys.executable, str(ROOT / "jobs" / "train_client.py"), "--config", "small.yaml"),
-                *("--client", name, "--data", str(files[name]), "--out", "exchange"),
-            ],
-            cwd=tmp_path,
-            env={k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"},
-        )
-        for name in ("north", "south")
-    ]
-    assert [job.wait() for job in apart] == [0, 0]
-    for name, digest in made.items():
-        if name.startswith("modules/"):
-            assert hashlib.sha256((tmp_path / "exchange" / name).read_bytes()).hexdigest() == digest, name
-    again = tmp_path / "again"
-    again.mkdir()
-    monkeypatch.delenv("RAY_ADDRESS")
-    assert finish(start(again, files["test"], modules=str(tmp_path / "exchange")), again) == made

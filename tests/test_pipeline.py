@@ -133,26 +133,20 @@ def test_what_a_person_sees(finished: Finished) -> None:
     assert "\x1b" not in finished.printed
 
 
-def test_the_same_command_makes_nothing_again(finished: Finished, folder: Path) -> None:
-    made = [*finished.folder.glob("modules/**/*"), *finished.folder.glob("classifier/**/*")]
-    made += finished.folder.glob("synthetic/**/*.parquet")
-    before = {path: path.stat().st_mtime_ns for path in made}
-    again = run_here(finished.config, folder)
-    assert {path: path.stat().st_mtime_ns for path in before} == before
-    assert again.report.evaluations == finished.report.evaluations
-
-
-def test_what_is_damaged_is_made_again_to_the_same_bytes(finished: Finished, folder: Path) -> None:
+def test_the_same_command_makes_again_what_is_damaged_alone_to_the_same_bytes(finished: Finished, folder: Path) -> None:
     module = next(finished.folder.glob("modules/client-001/**/*.safetensors"))
     shard = next(finished.folder.glob("synthetic/class-000/*.parquet"))
     before = {path: path.read_bytes() for path in (module, shard)}
-    untouched = next(finished.folder.glob("modules/client-000/**/*.safetensors"))
-    stamp = untouched.stat().st_mtime_ns
+    whole = [*finished.folder.glob("modules/*/*/*.*"), *finished.folder.glob("classifier/*/*.*")]
+    whole += finished.folder.glob("synthetic/*/*.parquet")
+    stamps = {path: path.stat().st_mtime_ns for path in whole if path.parent != module.parent and path != shard}
+    assert len(stamps) == (5 - 1) * 2 + 2 * 2 + 17 - 1
     module.write_bytes(before[module][:-7] + b"damaged")
     shard.write_bytes(before[shard][: len(before[shard]) // 2])
-    run_here(finished.config, folder)
+    again = run_here(finished.config, folder)
     assert {path: path.read_bytes() for path in before} == before
-    assert untouched.stat().st_mtime_ns == stamp
+    assert {path: path.stat().st_mtime_ns for path in stamps} == stamps
+    assert again.report.evaluations == finished.report.evaluations
 
 
 def test_another_configuration_under_the_same_name_is_refused(finished: Finished, folder: Path, data: Path) -> None:

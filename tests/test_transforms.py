@@ -51,6 +51,17 @@ def test_images_of_the_right_side_come_back_untouched() -> None:
     assert np.array_equal(resize_batch(images, None), images)
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 70), st.sampled_from(["L", "RGB", "RGBA"]), st.integers(1, 40))
+def test_resizing_equals_torchvisions(height: int, width: int, mode: str, resolution: int) -> None:
+    from torchvision.transforms import v2
+
+    pixels = noise_images(1, height, width, len(mode) if mode != "L" else 1)[0]
+    image = Image.fromarray(pixels.squeeze(-1) if mode == "L" else pixels, mode)
+    spec = v2.Compose([v2.Resize(resolution, v2.InterpolationMode.BICUBIC), v2.CenterCrop(resolution)])
+    assert np.array_equal(np.asarray(resize(image, resolution)), np.asarray(spec(image)))
+
+
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize(("height", "width"), [(8, 8), (9, 20), (20, 9), (4, 30)])
 def test_a_resized_batch_holds_each_image_resized_alone(height: int, width: int, channels: int) -> None:

@@ -252,7 +252,8 @@ def test_the_factorys_trials_share_modules_and_images(
     assert {line.steps for line in found.lines} == {2}
     assert all(0 <= line.accuracy <= 1 for line in found.lines)
 
-    more = quietly(config, "fedfactory", "synthesis.images_per_class=16,48", "classifier.learning_rate=0.002")
+    best = f"synthesis.images_per_class={found.lines[0].settings['synthesis.images_per_class']}"
+    more = quietly(config, "fedfactory", best, "classifier.learning_rate=0.002")
     assert more.lines[0].accuracy == found.lines[0].accuracy
     assert times(study, "modules-*/modules/**/*", "images-*/synthetic/**/*") == made
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import log_softmax, logsumexp
-from sklearn import metrics
+
+from fedfactory_ray.classification.metrics import auroc, confusion_matrix, macro_f1
 
 BOOTSTRAP_SAMPLES = 1000
 
@@ -72,16 +73,16 @@ def evaluate(logits: np.ndarray, labels: np.ndarray, seed: int = 0) -> Evaluatio
     logs = log_softmax(logits.astype(np.float64), axis=1)
     classes = logs.shape[1]
     predicted = logs.argmax(1)
-    confusion = metrics.confusion_matrix(labels, predicted, labels=range(classes))
+    confusion = confusion_matrix(labels, predicted, classes)
     present = np.flatnonzero(confusion.sum(1))
     recall = [float(confusion[y, y] / confusion[y].sum()) if y in present else None for y in range(classes)]
-    aurocs = [metrics.roc_auc_score(labels == y, log_odds(logs, int(y))) for y in present if len(present) > 1]
+    aurocs = [auroc(labels == y, log_odds(logs, int(y))) for y in present if len(present) > 1]
     accuracy, balanced = _bootstrap(confusion, seed)
     return Evaluation(
         accuracy=accuracy,
         balanced_accuracy=balanced,
         auroc=float(np.mean(aurocs)) if aurocs else float("nan"),
-        macro_f1=float(metrics.f1_score(labels, predicted, average="macro", labels=present, zero_division=0)),
+        macro_f1=macro_f1(confusion),
         nll=float(-logs[np.arange(len(labels)), labels].mean()),
         ece=calibration_error(np.exp(logs), labels),
         recall=recall,

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedfactory_ray.classification.augment import augment_batch
 from fedfactory_ray.classification.fast import FastNetwork
+from fedfactory_ray.classification.optimizers import SGD, AdamW
 from fedfactory_ray.cluster.devices import autocast
 from fedfactory_ray.data.transforms import to_tensor
 from fedfactory_ray.settings.sections import ClassifierConfig
@@ -28,8 +29,8 @@ def make_optimizer(recipe: ClassifierConfig, network: nn.Module, device: torch.d
         decay = recipe.weight_decay / scale
         groups.append({"params": parameters, "lr": rate, "initial_lr": peak, "weight_decay": decay})
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=0.9, nesterov=True, fused=cuda or None)
-    return torch.optim.AdamW(groups, fused=cuda or None, capturable=cuda)
+        return SGD(groups, momentum=0.9, nesterov=True, fused=cuda or None)
+    return AdamW(groups, fused=cuda or None, capturable=cuda)
 
 
 class Step:

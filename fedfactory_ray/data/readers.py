@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import lzma
 import math
@@ -13,6 +14,7 @@ import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import IO
@@ -25,6 +27,7 @@ from fedfactory_ray.data.transforms import resize_batch
 from fedfactory_ray.errors import DataInvalidError, DataMissingError
 from fedfactory_ray.seeds import random_state
 from fedfactory_ray.settings.data import DataConfig
+from fedfactory_ray.settings.medmnist import medmnist_info
 
 CHUNK_BYTES = 2**24
 MOST_ROWS, MOST_CLASSES, MOST_PIXELS = 2**27, 2**16, 2**26
@@ -95,9 +98,11 @@ class Digits:
 
     @cached_property
     def _arrays(self) -> tuple[np.ndarray, np.ndarray]:
-        from sklearn.datasets import load_digits
-
-        images, labels = load_digits(return_X_y=True)
+        # The file itself: scikit-learn takes two seconds to import, in every process that reads digits.
+        library = find_spec("sklearn")
+        assert library is not None and library.origin is not None
+        rows = np.loadtxt(Path(library.origin).with_name("datasets") / "data" / "digits.csv.gz", delimiter=",")
+        images, labels = rows[:, :-1], rows[:, -1]
         return (images * (255 / 16)).round().astype(np.uint8).reshape(-1, 8, 8, 1), labels.astype(np.int64)
 
     @cached_property
@@ -293,28 +298,27 @@ class Cifar10:
 
 
 def _medmnist_class_names(config: DataConfig) -> list[str]:
-    from medmnist import INFO
-
-    names = INFO[config.source.partition(":")[2]]["label"]
+    names = medmnist_info()[config.source.partition(":")[2]]["label"]
     return [names[str(y)] for y in range(len(names))]
 
 
 def _medmnist_file(config: DataConfig) -> Path:
     """The verified file of a MedMNIST set, downloaded where allowed and possible."""
-    from medmnist import INFO
-    from torchvision.datasets.utils import check_integrity, download_url
-
     flag = config.source.partition(":")[2]
     suffix = "" if config.size == 28 else f"_{config.size}"
-    info, path = INFO[flag], Path(config.root).expanduser() / _medmnist_name(config)
+    info, path = medmnist_info()[flag], Path(config.root).expanduser() / _medmnist_name(config)
     url, checksum = info[f"url{suffix}"], info[f"MD5{suffix}"]
     if config.download and not path.exists():
+        from torchvision.datasets.utils import download_url
+
         try:
             download_url(url, str(path.parent), path.name, checksum)
         except (OSError, RuntimeError) as error:
             raise DataMissingError(path, checksum, url) from error
     if not path.exists():
         raise DataMissingError(path, checksum, url)
-    if not check_integrity(str(path), checksum):
+    with path.open("rb") as content:
+        found = hashlib.file_digest(content, "md5").hexdigest()
+    if found != checksum:
         raise DataInvalidError(path, "another MD5 than MedMNIST's", f"{checksum}; delete the file to download it again")
     return path

@@ -13,11 +13,14 @@ if TYPE_CHECKING:  # torch takes seconds to import, and reading data does not ne
 
 
 def resize(image: Image.Image, resolution: int) -> Image.Image:
-    """Resize the shorter side to `resolution` pixels (antialiased bicubic), then crop the centre square."""
-    from torchvision.transforms import v2
-
-    spec = v2.Compose([v2.Resize(resolution, v2.InterpolationMode.BICUBIC), v2.CenterCrop(resolution)])
-    return spec(image)
+    """Resize the shorter side to `resolution` pixels (antialiased bicubic), then crop the centre square, as
+    torchvision's transforms of these names do with Pillow."""
+    short = min(image.size)
+    width, height = (int(resolution * side / short) for side in image.size)
+    left, top = round((width - resolution) / 2), round((height - resolution) / 2)
+    if (width, height) != image.size:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+    return image.crop((left, top, left + resolution, top + resolution))
 
 
 def resize_batch(images: np.ndarray, resolution: int | None) -> np.ndarray:

@@ -25,7 +25,6 @@ from fedfactory_ray.errors import ConfigError, DataInvalidError, DataMissingErro
 from fedfactory_ray.federation.exchange import offered_cards
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.settings.config import Config
-from fedfactory_ray.settings.data import NATIVE_RESOLUTION
 from fedfactory_ray.settings.paths import SUBMITTED
 from fedfactory_ray.storage.artefact import fingerprint
 
@@ -40,8 +39,7 @@ READ_AT_ONCE = 2**29
 def survey_here(config: Config) -> Survey | None:
     """What `survey` tells, as far as this machine sees it, before Ray starts; None where only the cluster's nodes know.
 
-    Data sets by name are opened here only to refuse what is missing: that loads torch, which is left to workers.
-    Raises as `survey` does.
+    CIFAR-10 that is there is left to workers: torch, which opens it, takes seconds to load. Raises as `survey` does.
     """
     alone = cluster_to_join() is None and not ray.is_initialized()
     if not is_here(config.data):
@@ -52,7 +50,7 @@ def survey_here(config: Config) -> Survey | None:
         if alone:
             open_source(config.data)
         return None
-    if config.data.source in NATIVE_RESOLUTION.keys() - {"digits"} or config.data.source.startswith("medmnist:"):
+    if config.data.source == "cifar10":
         return None
     info, labels = inspect(open_source(config.data), trains=not config.apart)
     refuse_resolution(config, info)

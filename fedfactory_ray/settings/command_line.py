@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -167,7 +168,8 @@ def job_console() -> Console:
 
 
 def exit_status(job: Callable[[], None]) -> int:
-    """Run a job; returns its exit status: 0, or 2 for a refusal and 130 for Ctrl-C, told without a traceback."""
+    """Run a job, the last that its process does; returns its exit status: 0, or 2 for a refusal and 130 for Ctrl-C,
+    told without a traceback."""
     try:
         job()
     except FedFactoryError as error:
@@ -176,6 +178,9 @@ def exit_status(job: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         Console(stderr=True).print("Stopped. The same command goes on from here.")
         return 130
+    finally:
+        # Else the interpreter, as it ends, looks for cycles among the millions of objects of torch and MLflow: seconds.
+        gc.freeze()
     return 0
 
 

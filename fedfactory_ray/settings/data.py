@@ -8,6 +8,7 @@ from unicodedata import normalize
 
 from pydantic import Field, field_validator, model_validator
 
+from fedfactory_ray.settings.medmnist import medmnist_info
 from fedfactory_ray.settings.sections import Section
 
 NATIVE_RESOLUTION = {"digits": 8, "cifar10": 32}
@@ -65,9 +66,9 @@ class DataConfig(Section):
     def _source_is_known(self) -> DataConfig:
         kind, _, flag = self.source.partition(":")
         if kind == "medmnist":
-            from medmnist import INFO  # imports torch: seconds
-
-            planar = {name for name, info in INFO.items() if "3d" not in name and "multi-label" not in info["task"]}
+            planar = {
+                name for name, info in medmnist_info().items() if "3d" not in name and "multi-label" not in info["task"]
+            }
             if flag not in planar:
                 raise ValueError(f"source {self.source!r}: needed medmnist:<flag> with a flag of {sorted(planar)}")
         return self
