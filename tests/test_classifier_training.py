@@ -11,10 +11,11 @@ import pytest
 import ray
 import torch
 
-from fedfactory_ray.classification.batches import HeldBatches, keep_side
+from fedfactory_ray.classification.batches import HeldBatches
 from fedfactory_ray.classification.card import Classifier, Epoch
 from fedfactory_ray.classification.fitting import Fit
 from fedfactory_ray.classification.rows import Rows
+from fedfactory_ray.classification.sides import keep_side
 from fedfactory_ray.classification.training import fit
 from fedfactory_ray.cluster.plan import make_plan
 from fedfactory_ray.data.source import Task

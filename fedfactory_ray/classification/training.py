@@ -20,9 +20,10 @@ import ray.train
 import ray.train.torch
 from ray.util.queue import Queue
 
-from fedfactory_ray.classification.batches import Batches, HeldBatches, StreamedBatches, keep_side
+from fedfactory_ray.classification.batches import Batches, HeldBatches, StreamedBatches
 from fedfactory_ray.classification.card import Classifier, Epoch
 from fedfactory_ray.classification.rows import Rows
+from fedfactory_ray.classification.sides import keep_side
 from fedfactory_ray.cluster.failures import failures_refused, find_refusal
 from fedfactory_ray.cluster.plan import Worker
 from fedfactory_ray.cluster.stored import find_all
