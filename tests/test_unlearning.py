@@ -203,7 +203,7 @@ def test_mlflow_shows_before_and_after_and_no_longer_the_client(
     assert new.info.status == "FINISHED"
     assert new.data.tags["forgotten"] == "client-000, client-003"
     for when, facts in (("before", certificate.before), ("after", certificate.after)):
-        assert new.data.metrics[f"{when}/accuracy"] == facts.scores["product"]["accuracy"]
+        assert new.data.metrics[f"{when}/announced/accuracy"] == facts.scores["product"]["announced/accuracy"]
     assert {"recall.png", CERTIFICATE} <= {file.path for file in store.list_artifacts(new.info.run_id)}
     below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == old.info.run_id]
     names = {run.info.run_name for run in below}

@@ -176,7 +176,7 @@ def score(
     differences = {
         ours: {name: paired_difference(ruled[ours], ruled[name], labels) for name in classified if name != ours}
         for ours in (PRODUCT, METHOD)
-        if ours in ruled
+        if ours in ruled and classified not in ([], [ours])
     }
     lone = {client: Ruled.of(each.numpy(), prior) for client, each in experts.items()}
     return TestResult(
