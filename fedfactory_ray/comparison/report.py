@@ -83,11 +83,11 @@ class Comparison:
 
 
 HEADERS = (
-    *("method", "accuracy\nannounced", "balanced\nalike", "AUROC\nalike", "NLL · ECE\nannounced"),
+    *("method", "accuracy\nprior", "balanced\nalike", "AUROC\nalike", "NLL · ECE\nprior"),
     *("rounds", "MB up", "MB down", "seconds"),
 )
 """Of the table; below the figure, the rule that it is told by."""
-NOTE = "announced: with the prior that clients' counts announce; alike: with the classes alike"
+NOTE = "prior: with the one that the clients' counts announce; alike: with the classes alike"
 
 
 def over_seeds(found: Sequence[Comparison]) -> Comparison:
@@ -135,11 +135,13 @@ def comparison_table(comparison: Comparison) -> PlainTable:
     """The table at the end."""
     table = PlainTable(title=f"comparison · {comparison.name}", title_justify="left")
     for column in HEADERS:
-        table.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
+        room = 8 if column in HEADERS[1:3] else None  # of a figure with its bracket
+        table.add_column(column, justify="left" if column == "method" else "right", overflow="fold", min_width=room)
     for line in comparison.lines:
         table.add_row(
             line.method,
-            *(score_text(line.scores, score) for score in (ACCURACY, BALANCED, AUROC)),
+            *(score_text(line.scores, score) for score in (ACCURACY, BALANCED)),
+            f"{line.scores[AUROC]:.4f}",
             " · ".join(f"{line.scores[score]:.4f}" for score in (NLL, ECE)),
             "–" if line.rounds is None else f"{line.rounds:g}",
             f"{line.bytes_up / 1e6:.2f}",

@@ -22,7 +22,7 @@ from fedfactory_ray.settings.paths import located
 from fedfactory_ray.settings.presets import PRESETS
 from fedfactory_ray.storage.layout import SETTINGS
 
-LOG_WIDTH = 140
+LOG_WIDTH = 160
 """Columns of a log, unless $COLUMNS tells; rich would fold tables to 80."""
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable that `ray job submit` sets for the job's driver."""
