@@ -141,7 +141,7 @@ def samplers(config: Config, options: argparse.Namespace) -> Table:
             drawing = Drawing(denoiser, sampler, config.synthesis.batch_size, device, precision)
             for unit in units:
                 if (unit.client, unit.label) == card.key:
-                    tables.append(to_table(unit, drawing.draw(unit.n, unit.seed)))
+                    tables.append(to_table(unit, drawing.draw(unit.n, unit.seed, unit.attempts(config))))
         seconds, drawn = time.monotonic() - began, pa.concat_tables(tables)
         with tempfile.TemporaryDirectory() as scratch:
             name, unit_size = f"{solver}-{evaluations}", config.synthesis.unit_size

@@ -49,7 +49,8 @@ class Held:
         """Rows in this order (n,), in batches of `size`; of each, the share of one rank."""
         for batch in order.to(self.images.device).split(size):
             chosen = batch[rank::world]
-            yield self.images[chosen], self.labels[chosen]
+            if len(chosen):
+                yield self.images[chosen], self.labels[chosen]
 
     @property
     def reading_size(self) -> int:
@@ -75,7 +76,8 @@ class HeldBatches(Held):
         if epoch is None:
             return self.gather(torch.arange(n), self.reading_size, self.rank, self.world)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed + epoch))
-        size = min(self.batch_size, n)
+        # Gradients of the workers are averaged as they are, so all have as many rows.
+        size = min(self.batch_size, n) // self.world * self.world
         return self.gather(order[: n - n % size], size, self.rank, self.world)
 
 

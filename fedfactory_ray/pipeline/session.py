@@ -29,7 +29,7 @@ from fedfactory_ray.settings.names import allowed_name
 from fedfactory_ray.storage.artefact import fingerprint
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import CONFIG, FORGETTING, FORGOTTEN, INDICES, PARTITION, SECONDS, SETTINGS
-from fedfactory_ray.synthesis.plan import check_validation
+from fedfactory_ray.synthesis.plan import check_fraction, check_validation
 from fedfactory_ray.tracking import runs as tracking
 from fedfactory_ray.tracking.progress import log_lines
 
@@ -103,6 +103,7 @@ def open_session(
             connect()
             plan = make_plan(config.resources)
             info, partition, cards = survey(config)
+            check_fraction(config)
             if draws:
                 check_validation(config, partition)
             claim(config.determining() | ({"modules": set_sha256(cards)} if cards else {}), storage)

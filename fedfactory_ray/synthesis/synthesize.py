@@ -83,7 +83,7 @@ class Synthesizer:
 
         key = (unit.client, unit.label)
         with failures_refused(f"drawing from the module of client {unit.client!r}, class {unit.label}", REMEDY):
-            images = self.drawing(key).draw(unit.n, unit.seed)
+            images = self.drawing(key).draw(unit.n, unit.seed, unit.attempts(self.config))
         made_of, made_by = unit.fingerprint(self.config, self.modules[key].card), canary(self.device, self.precision)
         return write_shard(self.target, unit, images, made_of, made_by)
 
