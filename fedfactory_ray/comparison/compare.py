@@ -34,6 +34,7 @@ from fedfactory_ray.pipeline import phases
 from fedfactory_ray.pipeline.listeners import FederatedListener, Listeners
 from fedfactory_ray.pipeline.report import partition_table
 from fedfactory_ray.pipeline.results import expert_bytes, uploaded_bytes
+from fedfactory_ray.pipeline.seeds import each_seed
 from fedfactory_ray.pipeline.session import Session, open_session
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.layout import CENTRALISED, LOCAL, PLOT, PRODUCT, TABLE, WEIGHTS, lone_classifier
@@ -72,12 +73,9 @@ def compare(config: Config, methods: Sequence[str], seeds: int, console: Console
     if config.apart and CENTRALISED in methods:
         others = " ".join(method for method in method_names() if method != CENTRALISED)
         raise ConfigError([f"partition natural: centralised needs all images in one place; try --methods {others}"])
-    if seeds < 1:
-        raise ConfigError([f"seeds: found {seeds}, needed at least 1"])
     found = []
-    for seed in range(config.seed, config.seed + seeds):
-        name = f"{config.name}-seed{seed}" if config.name and seeds > 1 else config.name
-        found.append(compare_once(config.model_copy(update={"seed": seed, "name": name}), methods, console))
+    for one in each_seed(config, seeds):
+        found.append(compare_once(one, methods, console))
         console.print(comparison_table(found[-1]))
     if seeds == 1:
         return found[0]
