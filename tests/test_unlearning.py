@@ -13,12 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlflow
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import write_npz
 from rich.console import Console
 from small_runs import SMALL, copy_job, small_config
 
+from fedfactory_ray.classification.rules import prior_of
 from fedfactory_ray.errors import ForgottenError, RunConflictError, UnlearningError
 from fedfactory_ray.pipeline import phases
 from fedfactory_ray.pipeline.session import open_session
@@ -120,6 +122,12 @@ def test_the_result_is_the_run_in_which_the_client_never_took_part(place: Place)
     assert len(checks) == 7
     assert checked == certificate
     assert len(certificate.after.digests()) == 1 + 1 + 5 + len(certificate.after.shards) + 1 + 3 + 3
+
+    # The announced prior is that of those who are left.
+    counts = json.loads((new / "partition.json").read_text())["counts"]
+    prior = json.loads((new / "evaluation.json").read_text())["prior"]
+    np.testing.assert_allclose(prior, prior_of(np.sum(counts, axis=0)))
+    assert not np.allclose(prior, json.loads(before["evaluation.json"])["prior"])
 
     # Without the deletion the digests differ: the comparison can fail.
     changed = differences(certificate.before, certificate.after)
