@@ -108,16 +108,7 @@ def evaluate_on_test(
         with failures_refused(f"evaluating {folder}", REMEDY):
             return predict_logits(load_network(config, task, storage, folder), images, device)
 
-    temperatures: dict[str, float] = {}
-    for name, entry in entries.items():
-        if entry.validation is not None:
-            images, labels = _in_order(entry.validation(), task)
-            temperatures[name] = fit_temperature(predict(entry.folder, images).numpy(), labels)
-    if experts and validation is not None:
-        images, labels = _in_order(validation(), task)
-        logits = torch.stack([predict(folder, images) for folder in experts.values()])
-        for name, combine in POOLS.items():
-            temperatures[name] = fit_temperature(combine(logits).numpy(), labels)
+    temperatures = _fit_temperatures(predict, entries, experts, validation, task.image_shape)
     source = open_source(config.data)
     images, labels = source.images("test"), source.labels("test")
     result = score(
@@ -133,10 +124,30 @@ def evaluate_on_test(
     return replace(result, environment=environment(device))
 
 
-def _in_order(table: pa.Table, task: Task) -> tuple[np.ndarray, np.ndarray]:
+def _fit_temperatures(
+    predict: Callable[[str, np.ndarray], torch.Tensor],
+    entries: dict[str, Entry],
+    experts: dict[str, str],
+    validation: Callable[[], pa.Table] | None,
+    shape: tuple[int, int, int],
+) -> dict[str, float]:
+    """By evaluation, the temperatures of what is to be calibrated; `predict` gives the logits of a folder's network."""
+    found: dict[str, float] = {}
+    for name, entry in entries.items():
+        if entry.validation is not None:
+            images, labels = _in_order(entry.validation(), shape)
+            found[name] = fit_temperature(predict(entry.folder, images).numpy(), labels)
+    if experts and validation is not None:
+        images, labels = _in_order(validation(), shape)
+        logits = torch.stack([predict(folder, images) for folder in experts.values()])
+        found |= {name: fit_temperature(combine(logits).numpy(), labels) for name, combine in POOLS.items()}
+    return found
+
+
+def _in_order(table: pa.Table, shape: tuple[int, int, int]) -> tuple[np.ndarray, np.ndarray]:
     """Images, uint8 (n, H, W, C), and labels, int64 (n,), of rows, in one order however they came."""
     table = table.sort_by([(name, "ascending") for name in ORDER])
-    return images_of(table, task.image_shape), table["label"].to_numpy().astype(np.int64)
+    return images_of(table, shape), table["label"].to_numpy().astype(np.int64)
 
 
 POOLS = {PRODUCT: product, MIXTURE: mixture}
