@@ -91,7 +91,7 @@ def experts(config: Config, options: argparse.Namespace) -> Table:
             fitted = [pool.submit(expert_logits, chosen, storage.uri, client) for client in clients]
             logits = torch.stack([each.result() for each in fitted])
         lone = np.mean([(each.argmax(1).numpy() == labels).mean() for each in logits])
-        together = [evaluate(combine(logits).numpy(), labels, stored.seed).accuracy for combine in (mixture, product)]
+        together = [evaluate(combine(logits).numpy(), labels).accuracy for combine in (mixture, product)]
         table.add_row(f"{share:g}", f"{lone:.4f}", f"{together[0].value:.4f}", str(together[1]))
         print(f"real_share {share:g}: {lone:.4f} {together[0]} {together[1]}", flush=True)
     return table
@@ -138,14 +138,14 @@ def samplers(config: Config, options: argparse.Namespace) -> Table:
             drawing = Drawing(denoiser, sampler, config.synthesis.batch_size, device, precision)
             for unit in units:
                 if (unit.client, unit.label) == card.key:
-                    tables.append(to_table(unit, drawing.draw(unit.n, unit.seed)))
+                    tables.append(to_table(unit, drawing.draw(unit.n, unit.seed, unit.attempts(config))))
         seconds, drawn = time.monotonic() - began, pa.concat_tables(tables)
         with tempfile.TemporaryDirectory() as scratch:
             name, unit_size = f"{solver}-{evaluations}", config.synthesis.unit_size
             rows = Rows(lambda: drawn, lambda: ray.data.from_arrow(drawn), name, len(drawn), unit_size)  # noqa: B023
             classifier = fit(config, rows, task, worker, Storage(scratch), "benchmark", lambda epoch: None)
             network = load_network(config, task, Storage(scratch), classifier.folder)
-        result = evaluate(predict_logits(network, real, torch.device("cpu")).numpy(), labels, config.seed)
+        result = evaluate(predict_logits(network, real, torch.device("cpu")).numpy(), labels)
         table.add_row(solver, str(evaluations), f"{seconds:.1f}", str(result.accuracy))
         print(f"{solver} {evaluations}: {result.accuracy} ({seconds:.1f} s)", flush=True)
     return table

@@ -84,8 +84,9 @@ def bare_fit(config: Config, shape: tuple[int, int, int], classes: int, images: 
     import pyarrow as pa
     import torch
 
-    from fedfactory_ray.classification.batches import HeldBatches, keep_side
+    from fedfactory_ray.classification.batches import HeldBatches
     from fedfactory_ray.classification.fitting import Fit
+    from fedfactory_ray.classification.sides import keep_side
     from fedfactory_ray.cluster.devices import prepare_process
     from fedfactory_ray.data.source import Task
     from fedfactory_ray.synthesis.shard import image_column

@@ -80,14 +80,15 @@ def test_experts_alone_and_together_are_evaluated_beside_the_classifier(both: Bo
     assert list(report.experts) == CLIENTS
     assert report.missing == {}
     assert report.main == "fedfactory"
-    assert report.evaluations["product"].n_images == 60
-    assert report.evaluations["product"].accuracy.value > 0.6
-    gain = report.evaluations["product"].accuracy.value - report.evaluations["fedfactory"].accuracy.value
-    assert report.differences["fedfactory"].accuracy.value == pytest.approx(gain)
+    product, classifier = (report.evaluations[name].announced for name in ("product", "fedfactory"))
+    assert product.n_images == 60
+    assert product.accuracy.value > 0.6
+    gain = product.accuracy.value - classifier.accuracy.value
+    assert report.differences["product"]["fedfactory"].accuracy.value == pytest.approx(gain)
     stored = Storage(str(both.finished.folder)).read_json("evaluation.json")
-    assert stored["product"]["accuracy"] == report.evaluations["product"].accuracy.value
-    assert stored["experts"]["client-001"]["accuracy"] == report.experts["client-001"].accuracy.value
-    for part in ("accuracy, product of 3 experts", "mean of lone experts", "product less fedfactory", "downlinks"):
+    assert stored["product"] == report.evaluations["product"].scalars()
+    assert stored["experts"]["client-001"] == report.experts["client-001"].scalars()
+    for part in ("product of 3 experts", "lone experts, mean", "product less fedfactory", "downlinks"):
         assert part in both.finished.printed
     assert "MISSING" not in both.finished.printed
 
@@ -116,8 +117,8 @@ def test_experts_have_runs_with_curves(both: Both) -> None:
     assert {children[f"expert-{name}"].data.metrics["real"] for name in CLIENTS} == {50, 25, 45}
     assert newest.data.metrics["downlink_bytes"] == both.finished.report.downlink_bytes
     evaluation = children["evaluation"]
-    assert evaluation.data.metrics["expert_mean/accuracy"] == pytest.approx(
-        np.mean([e.accuracy.value for e in both.finished.report.experts.values()])
+    assert evaluation.data.metrics["expert_mean/announced/accuracy"] == pytest.approx(
+        np.mean([e.announced.accuracy.value for e in both.finished.report.experts.values()])
     )
     assert "confusion-product.png" in {a.path for a in client.list_artifacts(evaluation.info.run_id)}
 
@@ -130,7 +131,7 @@ def test_the_ensemble_is_one_model_for_uint8_images_of_any_number(both: Both, da
     assert probabilities.dtype == np.float32
     np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
     accuracy = (probabilities.argmax(1) == arrays["test_labels"].ravel()).mean()
-    assert accuracy == pytest.approx(both.finished.report.evaluations["product"].accuracy.value)
+    assert accuracy == pytest.approx(both.finished.report.evaluations["product"].announced.accuracy.value)
     np.testing.assert_allclose(model.predict(arrays["test_images"][:1]), probabilities[:1], rtol=1e-3, atol=1e-5)
     assert list(model.metadata.metadata["experts"]) == CLIENTS
     assert model.metadata.signature.inputs.inputs[0].shape == (-1, 8, 8, 1)

@@ -208,16 +208,16 @@ def test_the_predictor_equals_transform_network_and_softmax(channels: int, side:
     network = make_classifier("cnn", Task(4, channels, side)).eval()
     pixels = torch.randint(0, 256, (6, side, side, channels), dtype=torch.uint8)
     with torch.no_grad():
-        found, expected = Predictor(network)(pixels), F.softmax(network(to_tensor(pixels)), 1)
+        found, expected = Predictor([network])(pixels), F.log_softmax(network(to_tensor(pixels)), 1)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert found.dtype == torch.float32
-    torch.testing.assert_close(found.sum(1), torch.ones(6))
+    torch.testing.assert_close(found.exp().sum(1), torch.ones(6))
 
 
 @pytest.mark.parametrize("name", ["cnn", "fast"])
 def test_the_predictor_can_be_exported_for_any_number_of_images(name: str) -> None:
     torch.manual_seed(0)
-    predictor = Predictor(make_classifier(name, Task(4, 1, 8), flips="horizontal")).eval()
+    predictor = Predictor([make_classifier(name, Task(4, 1, 8), flips="horizontal")], 1.5).eval()
     pixels = torch.randint(0, 256, (6, 8, 8, 1), dtype=torch.uint8)
     exported = torch.export.export(predictor, (pixels,), dynamic_shapes=({0: torch.export.Dim("n", min=1)},)).module()
     for n in (1, 2, 6):

@@ -80,7 +80,7 @@ def test_natural_silos_that_are_folders_train_the_classes_of_their_names(cluster
             facts = {"precision": "fp32", "threads": 1, "seed": seed, "images_sha256": digest}
             assert cards[client, label].fingerprint == module_fingerprint(config.generator, **facts)  # type: ignore[arg-type]
             assert cards[client, label].class_name == name
-        federated = FederatedClient(config, session.info.task, 1, partition.shares)
+        federated = FederatedClient(config, session.info.task, 1, partition.shares, np.ones(3))
         training, validation = federated.images("s2")
         told = {int(y): set((images // 40 * 40).flatten().tolist()) for y, images in by_label(training, validation)}
         assert told == {1: {120}, 2: {200}}

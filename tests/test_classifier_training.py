@@ -11,13 +11,15 @@ import pytest
 import ray
 import torch
 
-from fedfactory_ray.classification.batches import HeldBatches, keep_side
+from fedfactory_ray.classification.batches import HeldBatches
 from fedfactory_ray.classification.card import Classifier, Epoch
 from fedfactory_ray.classification.fitting import Fit
 from fedfactory_ray.classification.rows import Rows
-from fedfactory_ray.classification.training import fit
+from fedfactory_ray.classification.sides import keep_side
+from fedfactory_ray.classification.training import fit, refuse_few_rows
 from fedfactory_ray.cluster.plan import make_plan
 from fedfactory_ray.data.source import Task
+from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.shard import image_column
@@ -121,3 +123,21 @@ def test_a_fit_whose_loss_is_never_finite_is_an_error_also_after_a_break() -> No
     resumed.load(diverging.save())
     with pytest.raises(FloatingPointError):
         list(resumed.epochs(batches, batches))
+
+
+@pytest.mark.parametrize(("n", "world", "shares"), [(7, 2, [3, 3]), (10, 3, [3, 3, 3]), (2, 2, [1, 1]), (7, 1, [7])])
+def test_workers_have_as_many_rows_each_where_rows_are_fewer_than_a_batch(
+    n: int, world: int, shares: list[int]
+) -> None:
+    few = table_of(columns()).slice(0, n)
+    parts = [HeldBatches(few, TASK.image_shape, 16, 5, rank, world) for rank in range(world)]
+    assert [len(labels) for part in parts for _, labels in part.epoch(0)] == shares
+    assert sum(len(labels) for part in parts for _, labels in part.epoch(None)) == n
+
+
+def test_a_worker_without_a_row_is_refused() -> None:
+    refuse_few_rows(config(2), 3, held=True)
+    with pytest.raises(ConfigError, match="classifier_workers=2: found 1 images to train on, needed 2"):
+        refuse_few_rows(config(2), 2, held=True)
+    with pytest.raises(ConfigError, match="found 13 images to train on, needed 16"):
+        refuse_few_rows(config(1), 15, held=False)

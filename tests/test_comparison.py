@@ -12,9 +12,21 @@ import pytest
 from rich.console import Console
 
 from fedfactory_ray.baselines.methods import METHODS
-from fedfactory_ray.classification.evaluation import Difference, Interval
+from fedfactory_ray.classification.evaluation import Difference
+from fedfactory_ray.classification.intervals import Interval
 from fedfactory_ray.comparison.compare import compare, method_names
-from fedfactory_ray.comparison.report import LONE, Comparison, MethodLine, comparison_table, over_seeds
+from fedfactory_ray.comparison.report import (
+    ACCURACY,
+    AUROC,
+    BALANCED,
+    ECE,
+    LONE,
+    NLL,
+    Comparison,
+    MethodLine,
+    comparison_table,
+    over_seeds,
+)
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.pipeline.session import run_name
 from fedfactory_ray.settings.command_line import job_console, make_config
@@ -23,8 +35,8 @@ from fedfactory_ray.tracking.plots import comparison_plot
 
 
 def scores(accuracy: float) -> dict[str, float]:
-    interval = {"accuracy_low": accuracy - 0.1, "accuracy_high": accuracy + 0.1}
-    return {"accuracy": accuracy, "balanced_accuracy": accuracy, "auroc": 0.9} | interval
+    interval = {f"{ACCURACY}_low": accuracy - 0.1, f"{ACCURACY}_high": accuracy + 0.1}
+    return {ACCURACY: accuracy, BALANCED: accuracy, AUROC: 0.9, NLL: 0.5, ECE: 0.25} | interval
 
 
 def comparison(accuracy: float, rounds: int) -> Comparison:
@@ -41,18 +53,22 @@ def printed(found: Comparison) -> str:
     return out.getvalue()
 
 
-def test_one_seed_shows_intervals_and_several_show_deviations() -> None:
+def test_one_seed_shows_intervals_of_the_test_and_several_those_over_seeds() -> None:
     one = printed(comparison(0.2, 10))
     assert "0.2000 [0.1000, 0.3000]" in one
+    assert "95 % intervals: test sampling only" in one
+    assert "0.5000 · 0.2500" in one
     assert "2.00" in one
     assert "–" in one
     whole = over_seeds([comparison(0.2, 10), comparison(0.3, 20), comparison(0.4, 30)])
     fedavg = whole.lines[1]
-    assert fedavg.scores["accuracy"] == pytest.approx(0.3)
-    assert fedavg.scores["accuracy_std"] == pytest.approx(0.1)  # n - 1
+    assert fedavg.scores[ACCURACY] == pytest.approx(0.3)
+    assert fedavg.scores[f"{ACCURACY}_std"] == pytest.approx(0.1)  # n - 1
     assert fedavg.rounds == 20
     assert whole.lines[0].rounds is None
-    assert "0.3000 ± 0.1000" in printed(whole)
+    half = 4.302653 * 0.1 / 3**0.5  # Student's, of two degrees of freedom
+    assert f"0.3000 [{0.3 - half:.4f}, {0.3 + half:.4f}]" in printed(whole)
+    assert "over 3 seeds, fits included" in printed(whole)
 
 
 def test_what_is_missing_or_diverged_stands_below_the_table() -> None:
@@ -65,15 +81,18 @@ def test_what_is_missing_or_diverged_stands_below_the_table() -> None:
 
 def test_what_architecture_two_gains_stands_below_the_table_and_in_the_file() -> None:
     gain = Difference(Interval(0.01, -0.02, 0.03), Interval(-0.01, -0.04, 0.02))
-    found = replace(comparison(0.2, 10), gained=(gain,), missing=("client-003",))
+    found = replace(comparison(0.2, 10), gained={"fedfactory-ii less fedfactory": gain}, missing=("client-003",))
     assert "fedfactory-ii less fedfactory, paired: accuracy +0.0100 [-0.0200, +0.0300]" in printed(found)
     stored = json.loads(json.dumps(found.to_json()))
     assert stored["missing"] == ["client-003"]
-    assert stored["fedfactory-ii less fedfactory"][0]["balanced_accuracy_low"] == -0.04
+    assert stored["gained"]["fedfactory-ii less fedfactory"]["balanced_accuracy_low"] == -0.04
+    assert stored["intervals"] == "test sampling only"
     assert stored["lines"][1]["method"] == "fedavg"
-    several = over_seeds([found, found])
-    assert len(several.gained) == 2
-    assert printed(several).count("+0.0100 [-0.0200, +0.0300]") == 2
+    other = replace(gain, accuracy=Interval(0.03, 0.01, 0.05))
+    whole = over_seeds([found, replace(found, gained={"fedfactory-ii less fedfactory": other})])
+    half = 12.706205 * 0.01  # Student's, of one degree of freedom: only the seeds' own differences count
+    accuracy = whole.gained["fedfactory-ii less fedfactory"].accuracy
+    assert (accuracy.value, accuracy.high) == (pytest.approx(0.02), pytest.approx(0.02 + half, rel=1e-4))
 
 
 def test_a_narrow_screen_shows_every_figure_whole() -> None:
@@ -131,13 +150,13 @@ def test_several_seeds_have_runs_of_their_own_and_one_of_their_means(
     config = make_config(overrides=["--seed", "4", "--name", "mine", "--tracking.uri", store])
     found = compare(config, ["centralised", "fedavg"], 3, Console(file=io.StringIO()))
     assert [(c.seed, c.name) for c in asked] == [(4, "mine-seed4"), (5, "mine-seed5"), (6, "mine-seed6")]
-    assert found.lines[1].scores["accuracy"] == pytest.approx(0.2)
+    assert found.lines[1].scores[ACCURACY] == pytest.approx(0.2)
     client = mlflow.MlflowClient(store)
     runs = {r.info.run_name: r for r in client.search_runs(["1"])}
     parent = runs.pop(found.name)
     assert set(runs) == {"centralised", "fedavg"}
     assert {r.data.tags["mlflow.parentRunId"] for r in runs.values()} == {parent.info.run_id}
-    assert runs["fedavg"].data.metrics["accuracy_std"] == pytest.approx(0.1)
+    assert runs["fedavg"].data.metrics[f"{ACCURACY}_std"] == pytest.approx(0.1)
     assert {r.info.status for r in (parent, *runs.values())} == {"FINISHED"}
     files = {file.path for file in client.list_artifacts(parent.info.run_id)}
     assert files == {"comparison.txt", "comparison.json", "comparison.png"}

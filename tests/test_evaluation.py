@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn import metrics
 
-from fedfactory_ray.classification.evaluation import Evaluation, Interval, calibration_error, evaluate
+from fedfactory_ray.classification.evaluation import Evaluation, calibration_error, evaluate
+from fedfactory_ray.classification.intervals import Interval
 from fedfactory_ray.classification.metrics import auroc
 
 # Six images of three classes: five right by their first choice but for images 2 and 5.
@@ -25,8 +26,8 @@ def random_case(n: int, classes: int, seed: int, skill: float = 2.0) -> tuple[np
     return weights / weights.sum(1, keepdims=True), labels
 
 
-def judge(probabilities: np.ndarray, labels: np.ndarray, seed: int = 0) -> Evaluation:
-    return evaluate(np.log(probabilities), labels, seed)
+def judge(probabilities: np.ndarray, labels: np.ndarray) -> Evaluation:
+    return evaluate(np.log(probabilities), labels)
 
 
 def test_metrics_computed_by_hand() -> None:
@@ -102,7 +103,9 @@ def test_logits_are_left_as_they_were() -> None:
 def test_a_perfect_and_a_constant_classifier() -> None:
     labels = np.arange(100) % 4
     perfect = evaluate(100 * np.eye(4)[labels], labels)
-    assert (perfect.accuracy, perfect.balanced_accuracy) == (Interval(1.0, 1.0, 1.0), Interval(1.0, 1.0, 1.0))
+    for interval in (perfect.accuracy, perfect.balanced_accuracy):
+        assert interval.value == interval.high == 1.0
+        assert 0.9 < interval.low < 0.99, "100 images show no more"
     assert (perfect.auroc, perfect.macro_f1, perfect.ece) == (1.0, 1.0, 0.0)
     constant = judge(np.tile([0.4, 0.2, 0.2, 0.2], (100, 1)), labels)
     assert constant.accuracy.value == constant.majority == 0.25
@@ -164,7 +167,7 @@ def test_calibration_error_equals_its_definition(n: int, classes: int, seed: int
 @settings(max_examples=10, deadline=None)
 @given(st.integers(30, 300), st.integers(2, 5), st.integers(0, 1000))
 def test_intervals_hold_their_value_and_stay_within_zero_and_one(n: int, classes: int, seed: int) -> None:
-    found = judge(*random_case(n, classes, seed), seed)
+    found = judge(*random_case(n, classes, seed))
     for interval in (found.accuracy, found.balanced_accuracy):
         assert 0 <= interval.low <= interval.value <= interval.high <= 1
 
@@ -197,15 +200,8 @@ def test_intervals_are_those_of_resampling_images() -> None:
     found = judge(probabilities, labels)
     for interval, resampled in ((found.accuracy, accuracy), (found.balanced_accuracy, balanced)):
         low, high = np.quantile(resampled, [0.025, 0.975])
-        assert interval.low == pytest.approx(low, abs=0.02)
-        assert interval.high == pytest.approx(high, abs=0.02)
-
-
-def test_intervals_are_a_function_of_the_seed() -> None:
-    case = random_case(97, 3, 0, 1.0)
-    assert judge(*case, 3) == judge(*case, 3)
-    assert judge(*case, 3).balanced_accuracy != judge(*case, 4).balanced_accuracy
-    assert judge(*case, 2**62).accuracy.value == judge(*case).accuracy.value
+        assert interval.low == pytest.approx(low, abs=0.03)
+        assert interval.high == pytest.approx(high, abs=0.03)
 
 
 def test_an_interval_reads_well() -> None:

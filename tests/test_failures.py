@@ -63,7 +63,10 @@ def test_a_client_names_the_class_whose_module_does_not_fit(tmp_path: Path, monk
 def test_a_federated_client_names_the_round(cluster: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines_client, "train_locally", out_of_memory)
     config = Config()
-    client, method = FederatedClient(config, TASK, 1, {"a": {3: np.arange(20)}}), METHODS["fedavg"](config.federated)
+    client, method = (
+        FederatedClient(config, TASK, 1, {"a": {3: np.arange(20)}}, np.ones(10)),
+        METHODS["fedavg"](config.federated),
+    )
     model = baselines_client.to_message(client.learner.model())
     with pytest.raises(GpuMemoryError, match=r"'a', training in round 2[\s\S]*classifier.batch_size"):
         client.train("a", method, 2, model, b"", b"")

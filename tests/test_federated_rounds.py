@@ -212,7 +212,7 @@ def test_a_method_ends_when_no_round_is_better_and_keeps_the_best(here: Starts, 
     settings = config(data, rounds=50, patience=3, client_fraction=1.0)
     done = federation_here(here, settings, data, tmp_path).run("fedavg", FedAvg(), lambda _: None)
     assert len(done.history) == done.chosen + 3 < 50
-    best = max(done.history, key=lambda r: (r.validation_accuracy, -r.validation_loss))
+    best = max(done.history, key=lambda r: (r.validation_balanced, -r.validation_loss))
     assert done.chosen == best.round
 
 
@@ -316,7 +316,7 @@ def test_a_refused_device_is_told_at_the_first_use(cluster: None, data: Path, mo
         raise ResourcesError("GPU 0, assigned by Ray", "a torch that sees it", "another torch")
 
     monkeypatch.setattr("fedfactory_ray.cluster.devices.assigned_device", refuse)
-    actor = actors.FederatedClient(config(data), TASK, 1, {})
+    actor = actors.FederatedClient(config(data), TASK, 1, {}, np.ones(3))
     with pytest.raises(ResourcesError, match="assigned by Ray"):
         actor.validate("client-000", b"")
 

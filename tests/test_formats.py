@@ -23,7 +23,8 @@ from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.artefact import look
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.shard import Shard
-from fedfactory_ray.unlearning.facts import Facts, read_facts
+from fedfactory_ray.unlearning.facts import Facts, alike, read_facts
+from fedfactory_ray.unlearning.report import recalls
 
 RUNS = Path(__file__).with_name("format-0")
 OLD = Storage(str(RUNS / "run"))
@@ -59,6 +60,10 @@ def test_facts_are_read_and_survive_a_certificate() -> None:
     assert {made.canary for made in (*facts.cards, *facts.shards)} == {""}
     assert len(facts.digests()) == 1 + 1 + 5 + 8 + 1 + 3 + 3
     assert Facts(**json.loads(json.dumps(vars(facts)))).digests() == facts.digests()
+    # Its scores were told by one rule, the classes alike.
+    for method in ("fedfactory", "product", "mixture"):
+        assert alike(facts.scores[method]) == facts.scores[method]
+        assert set(recalls(facts, method)) == {0, 1, 2}
     # Certificates of that version hold cards as they were then.
     assert replace(facts, modules=[stored]).cards == [facts.cards[2]]
     tree = facts.cards[2].to_tree()

@@ -45,7 +45,7 @@ def test_the_job_ends_with_a_table_and_a_line_that_tells_how_to_browse(undisturb
     lines = (undisturbed_folder / "output.txt").read_text().splitlines()
     lines = [line for line in lines if "RAY_BACKEND_LOG_LEVEL" not in line]
     assert lines[0].startswith("images a client and class")
-    assert any("accuracy, fedfactory" in line for line in lines)
+    assert any("accuracy, announced prior" in line for line in lines)
     assert lines[-1] == "browse      mlflow ui --backend-store-uri sqlite:///mlflow.db"
     assert len(lines) < 60
     assert (undisturbed_folder / "runs" / "small" / "evaluation.json").exists()

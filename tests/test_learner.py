@@ -11,7 +11,15 @@ import torch
 from fedfactory_ray.baselines import client as actors
 from fedfactory_ray.baselines.centralised import baseline_steps, for_steps, reference_config
 from fedfactory_ray.baselines.fedavg import FedAvg
-from fedfactory_ray.baselines.learner import Images, Learner, from_message, held_back, to_message
+from fedfactory_ray.baselines.learner import (
+    Images,
+    Judgement,
+    Learner,
+    balanced_accuracy,
+    from_message,
+    held_back,
+    to_message,
+)
 from fedfactory_ray.classification.models import make_classifier
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import Task
@@ -109,3 +117,31 @@ def test_baselines_take_no_fewer_steps_than_the_factorys_classifier() -> None:
         ]:
             steps = recipe.epochs * max(1, images // 64)
             assert factory <= steps < factory + max(1, images // 64)
+
+
+def test_a_model_is_judged_with_the_classes_alike_class_by_class() -> None:
+    learner, data = learner_of(), some_images(30)
+    said = torch.randn(30, 3, generator=torch.Generator().manual_seed(0))
+    learner.network = Says(said)  # type: ignore[assignment]
+    prior = np.array([0.6, 0.3, 0.1])
+    found = learner.judge(data, prior)
+    assert found.right == int((said.argmax(1) == data.labels).sum())
+    alike = (said - torch.from_numpy(np.log(prior)).float()).argmax(1)
+    assert found.held == tuple(int((data.labels == y).sum()) for y in range(3))
+    assert found.recalled == tuple(int(((data.labels == y) & (alike == y)).sum()) for y in range(3))
+
+
+class Says(torch.nn.Module):
+    """A network that answers with given logits."""
+
+    def __init__(self, logits: torch.Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.logits[: len(images)]
+
+
+def test_balanced_accuracy_counts_classes_and_not_images_over_all_clients() -> None:
+    clients = [Judgement(0.0, 8, 9, (8, 0, 0), (8, 1, 0)), Judgement(0.0, 0, 2, (0, 1, 0), (2, 1, 0))]
+    assert balanced_accuracy(clients) == pytest.approx((8 / 10 + 1 / 2) / 2)

@@ -248,3 +248,16 @@ def test_the_fingerprint_covers_all_that_determines_a_module() -> None:
     others = [{"precision": "bf16"}, {"threads": 2}, {"seed": 8}, {"images_sha256": "f00d"}]
     found = [made_of(), made_of(CONFIG.model_copy(update={"min_steps": 9})), *(made_of(**change) for change in others)]
     assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("half", "value", "told"),
+    [(True, 65_520.0, "65520, in the upload at most 65504"), (False, float("inf"), "inf, in the upload")],
+)
+def test_a_weight_that_the_upload_has_no_number_for_is_refused(half: bool, value: float, told: str) -> None:
+    denoiser = random_denoiser()
+    denoiser.unet.conv_out.weight.data[0, 0, 0, 0] = -value
+    with pytest.raises(FloatingPointError, match=f"unet.conv_out.weight reaches {told}"):
+        pack(denoiser, half=half)
+    denoiser.unet.conv_out.weight.data[0, 0, 0, 0] = 65_504.0
+    pack(denoiser, half=half)

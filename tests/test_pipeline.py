@@ -46,9 +46,9 @@ def finished(cluster: None, folder: Path, data: Path) -> Finished:
 
 def test_the_classifier_learns_from_synthetic_images_alone(finished: Finished) -> None:
     evaluations = finished.report.evaluations
-    assert evaluations["fedfactory"].n_images == 60
-    assert evaluations["fedfactory"].accuracy.value > 0.6 > evaluations["fedfactory"].majority
-    assert evaluations["centralised"].accuracy.value > 0.6
+    assert evaluations["fedfactory"].announced.n_images == 60
+    assert evaluations["fedfactory"].announced.accuracy.value > 0.6 > evaluations["fedfactory"].announced.majority
+    assert evaluations["centralised"].announced.accuracy.value > 0.6
 
 
 def test_the_synthetic_set_is_balanced_mixed_by_count_and_traceable(finished: Finished) -> None:
@@ -101,7 +101,8 @@ def test_mlflow_holds_a_parent_run_with_a_child_a_client_and_phase(finished: Fin
     }
     assert {r.info.status for r in runs} == {"FINISHED"}
     assert parent.data.params["generator.min_steps"] == "40"
-    assert parent.data.metrics["accuracy"] == finished.report.evaluations["fedfactory"].accuracy.value
+    scalars = finished.report.evaluations["fedfactory"].scalars()
+    assert {name: parent.data.metrics[name] for name in scalars} == scalars
     assert parent.data.metrics["uploaded_bytes"] == finished.report.uploaded_bytes
     assert client.get_metric_history(children["client-000"].info.run_id, "loss_class_0")[-1].step == 40
     assert len(client.get_metric_history(children["classifier-fedfactory"].info.run_id, "train_loss")) == 4
@@ -117,7 +118,13 @@ def test_the_logged_model_predicts_uint8_images_of_any_number(finished: Finished
     assert probabilities.shape == (60, 3)
     np.testing.assert_allclose(probabilities.sum(1), 1, rtol=1e-5)
     accuracy = (probabilities.argmax(1) == arrays["test_labels"].ravel()).mean()
-    assert accuracy == pytest.approx(finished.report.evaluations["fedfactory"].accuracy.value)
+    evaluation = finished.report.evaluations["fedfactory"]
+    assert accuracy == pytest.approx(evaluation.announced.accuracy.value)
+    picked = probabilities[np.arange(60), arrays["test_labels"].ravel()]
+    assert -np.log(picked).mean() == pytest.approx(evaluation.announced.nll, rel=1e-4)
+    alike = model.predict(arrays["test_images"], params={"prior": "uniform"}).to_numpy()
+    assert (alike.argmax(1) == arrays["test_labels"].ravel()).mean() == pytest.approx(evaluation.alike.accuracy.value)
+    np.testing.assert_allclose(model.metadata.metadata["prior"], np.array([40, 40, 40]) / 120)
     assert model.predict(arrays["test_images"][:1]).shape == (1, 3)
 
 
@@ -126,7 +133,9 @@ def test_what_a_person_sees(finished: Finished) -> None:
         "client-002",
         "training modules (200 steps)",
         "drawing images",
-        "accuracy, fedfactory",
+        "accuracy, announced prior",
+        "balanced accuracy, classes alike",
+        "test sampling only",
         "seconds, modules",
     ):
         assert part in finished.printed
@@ -234,7 +243,7 @@ def test_run_names_follow_the_settings_that_matter() -> None:
 
 def test_the_comparison_goes_on_from_the_runs_folder(finished: Finished, folder: Path, tmp_path: Path) -> None:
     from fedfactory_ray.comparison.compare import compare
-    from fedfactory_ray.comparison.report import BEST, ENSEMBLE, LONE, MEAN
+    from fedfactory_ray.comparison.report import ACCURACY, BEST, ENSEMBLE, LONE, MEAN
     from fedfactory_ray.settings.sections import FederatedConfig
 
     federated = FederatedConfig(rounds=2, local_epochs=1, validation_every=5)
@@ -261,7 +270,7 @@ def test_the_comparison_goes_on_from_the_runs_folder(finished: Finished, folder:
     assert lines[ENSEMBLE].bytes_up == alone > lines[MEAN].bytes_up == lines[BEST].bytes_up == 0
     assert lines["scaffold"].rounds == 2
     assert lines["scaffold"].bytes_up > lines["scaffold"].bytes_down / 2 > 0
-    assert lines[MEAN].scores["accuracy"] <= lines[BEST].scores["accuracy"]
+    assert lines[MEAN].scores[ACCURACY] <= lines[BEST].scores[ACCURACY]
     assert "scaffold" in out.getvalue()
     worked = finished.report.seconds
     assert lines["fedfactory"].seconds >= worked["modules"] + worked["synthesis"]
@@ -271,7 +280,7 @@ def test_the_comparison_goes_on_from_the_runs_folder(finished: Finished, folder:
     children = {r.info.run_name: r for r in runs if r.data.tags.get("mlflow.parentRunId") == runs_parent(runs)}
     assert set(methods) <= set(children)
     assert {r.info.status for r in children.values()} == {"FINISHED"}
-    assert children["fedfactory"].data.metrics["accuracy"] == lines["fedfactory"].scores["accuracy"]
+    assert children["fedfactory"].data.metrics[ACCURACY] == lines["fedfactory"].scores[ACCURACY]
     assert len(client.get_metric_history(children["scaffold"].info.run_id, "validation_accuracy")) == 2
     assert "comparison.png" in {a.path for a in client.list_artifacts(runs_parent(runs))}
     assert (run / "comparison.png").read_bytes().startswith(b"\x89PNG")

@@ -83,7 +83,7 @@ def test_pictures_show_names_as_they_are() -> None:
     names = ["$a$", "$\\frac{$", "a_$b", "[c]"]
     images = {y: np.zeros((1, 4, 4, 1), np.uint8) for y in range(4)}
     counts = np.eye(4, dtype=np.int64)
-    scores = {name: {"accuracy": 0.5} for name in names}
+    scores = {name: {"announced/accuracy": 0.5} for name in names}
     figures: list[Figure] = [
         plots.sample_grid(images, images, names, "$c$"),
         plots.confusion_plot(counts.tolist(), names, "$t$"),

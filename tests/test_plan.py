@@ -3,14 +3,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
+from fedfactory_ray.classification.sides import validates
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.generation.noise import attempts
+from fedfactory_ray.generation.sampling import image_noise
 from fedfactory_ray.settings.config import Config
-from fedfactory_ray.synthesis.plan import Unit, check_validation, make_units, quotas
+from fedfactory_ray.synthesis.plan import Unit, check_fraction, check_validation, make_units, quotas, unit_seed
 
 holdings = st.dictionaries(
     st.sampled_from([f"client-{k:03d}" for k in range(12)]), st.integers(1, 500), min_size=1, max_size=8
@@ -205,3 +209,46 @@ def test_a_plan_of_which_a_class_has_no_validating_image_is_refused() -> None:
     others = {f"client-{i:03d}": {0: 5} for i in range(100)}
     check({"large": {0: 500}} | others, 30)
     check(others, 30, exclude=("large",))
+
+
+@pytest.mark.parametrize(
+    ("fraction", "told"),
+    [(0.4, "act as 0.5; needed 0.5 or 0.3333"), (0.45, "0.5 or 0.3333"), (0.15, "0.1667 or 0.1429")],
+)
+def test_a_share_that_would_act_as_another_is_refused(fraction: float, told: str) -> None:
+    config = Config.model_validate({"classifier": {"validation_fraction": fraction}})
+    with pytest.raises(ConfigError, match=told):
+        check_fraction(config)
+    exclude = {"partition": {"exclude": ["client-000"]}}
+    check_fraction(Config.model_validate(config.model_dump(mode="json") | exclude))  # its run was accepted once
+
+
+@pytest.mark.parametrize("fraction", [0.5, 0.33, 1 / 3, 0.25, 0.2, 0.1, 0.05])
+def test_a_share_that_is_one_in_a_whole_number_is_kept(fraction: float) -> None:
+    check_fraction(Config.model_validate({"classifier": {"validation_fraction": fraction}}))
+    judged = validates(np.arange(3000), fraction)
+    assert judged.mean() == pytest.approx(fraction, rel=0.02)
+
+
+# Noise
+
+
+def test_images_of_a_module_that_torch_would_give_equal_noise_get_noise_of_their_own() -> None:
+    """Seed 7, client-007, class 7: images 206 and 2629, of units of 1000."""
+    config = Config.model_validate({"seed": 7, "synthesis": {"batch_size": 125, "unit_size": 1000}})
+    units = [Unit("client-007", 7, index, 1000, unit_seed(7, "client-007", 7, index), "f00d") for index in range(3)]
+    assert [unit.attempts(config) for unit in units] == [{}, {}, {629: 1}]
+    first, other = image_noise(units[0].seed, 206, (1, 8, 8)), image_noise(units[2].seed, 629, (1, 8, 8))
+    assert torch.equal(first, other), "as it was"
+    assert not torch.equal(first, image_noise(units[2].seed, 629, (1, 8, 8), 1))
+    card = ModuleCard("client-007", 7, 40, 1, 8, 30, "fp32", {}, 1, files={})
+    elsewhere = config.model_copy(update={"seed": 8})
+    assert units[2].fingerprint(config, card) != units[2].fingerprint(elsewhere, card), "such a unit is drawn again"
+    assert units[1].fingerprint(config, card) == units[1].fingerprint(elsewhere, card)
+
+
+def test_noise_of_images_does_not_depend_on_later_ones() -> None:
+    # Seeds that torch tells apart by nothing: the second unit repeats the first.
+    assert attempts([3, 3], 4) == {0: 1, 1: 1, 2: 1, 3: 1}
+    assert attempts([3], 4) == {}
+    assert attempts([3, 3, 3], 2) == {0: 2, 1: 2}

@@ -103,7 +103,7 @@ def test_a_submitted_job_is_read_back_from_mlflow(
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = [run for run in client.search_runs(["1"]) if "mlflow.parentRunId" not in run.data.tags]
     assert run.info.status == "FINISHED"
-    assert 0 <= run.data.metrics["accuracy"] <= 1
+    assert 0 <= run.data.metrics["announced/accuracy"] <= 1
     storage = Storage(f"{bucket}/runs/small")
     found = {name: hashlib.sha256(storage.read(name)).hexdigest() for name in storage.names("")}
     assert {name: found.get(name) for name in undisturbed} == undisturbed

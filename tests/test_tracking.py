@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from fedfactory_ray.classification.ensemble import Ensemble
+from fedfactory_ray.classification.ensemble import Predictor
 from fedfactory_ray.classification.models import make_classifier
 from fedfactory_ray.data.source import Task
 from fedfactory_ray.federation.client import Progress
@@ -24,11 +24,12 @@ from fedfactory_ray.tracking.runs import ClientRun, Run, start_run, tracking_uri
 from fedfactory_ray.tracking.served_classifier import BATCH_SIZE, _load_pyfunc
 
 TASK = Task(3, 1, 8)
+PRIOR = np.array([0.7, 0.2, 0.1])
 
 
 @pytest.fixture(scope="module")
 def ensemble() -> nn.Module:
-    return Ensemble([make_classifier("cnn", TASK).eval() for _ in range(2)]).eval()
+    return Predictor([make_classifier("cnn", TASK).eval() for _ in range(2)], 1.5).eval()
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def uri(ensemble: nn.Module, tmp_path_factory: pytest.TempPathFactory) -> str:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)  # where artifacts go
         run = start_run(make_config(overrides=["--tracking.uri", f"sqlite:///{folder}/mlflow.db"]), "served", "here")
-        found = run.model("ensemble", ensemble, draw_images(1), ["a", "b", "[c]"], {"experts": 2})
+        found = run.model("ensemble", ensemble, draw_images(1), ["a", "b", "[c]"], PRIOR, {"experts": 2})
         run.end()
     return found
 
@@ -53,9 +54,47 @@ def test_any_number_of_images_is_classified_as_by_the_network(ensemble: nn.Modul
     assert list(table.columns) == mlflow.models.get_model_info(uri).signature.outputs.input_names() == ["a", "b", "[c]"]
     found = table.to_numpy()
     with torch.inference_mode():
-        expected = ensemble(torch.from_numpy(images)).numpy()
+        alike = ensemble(torch.from_numpy(images)).exp().numpy()
     assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+    np.testing.assert_allclose(found, with_prior(alike, PRIOR), atol=1e-6)
+
+
+def with_prior(alike: np.ndarray, prior: np.ndarray) -> np.ndarray:
+    return np.asarray(alike * prior / (alike * prior).sum(1, keepdims=True))
+
+
+def test_users_choose_the_prior(ensemble: nn.Module, uri: str) -> None:
+    images, model = draw_images(40), mlflow.pyfunc.load_model(uri)
+    with torch.inference_mode():
+        alike = ensemble(torch.from_numpy(images)).exp().numpy()
+    own = np.array([0.1, 0.0, 0.3])
+    for params, prior in (
+        ({}, PRIOR),
+        ({"prior": "announced"}, PRIOR),
+        ({"prior": "uniform"}, np.ones(3)),
+        ({"prevalence": own.tolist()}, own),
+        ({"prevalence": [1, 0, 3]}, own),
+    ):
+        found = model.predict(images, params=params)
+        assert list(found.columns) == ["a", "b", "[c]"]
+        np.testing.assert_allclose(found.to_numpy(), with_prior(alike, prior), atol=1e-6)
+    assert (model.predict(images, params={"prevalence": own.tolist()})["b"] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("params", "told"),
+    [
+        ({"prior": "flat"}, "needed announced or uniform"),
+        ({"prior": "uniform", "prevalence": [0.2, 0.3, 0.5]}, "needed one of them"),
+        ({"prevalence": [0.5, 0.5]}, "needed 3 shares"),
+        ({"prevalence": [0.5, -0.5, 1.0]}, "none negative"),
+        ({"prevalence": [0.0, 0.0, 0.0]}, "needed 3 shares"),
+        ({"prevalence": [0.5, float("nan"), 0.5]}, "none negative"),
+    ],
+)
+def test_a_prior_that_is_none_is_refused(uri: str, params: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match=told):
+        mlflow.pyfunc.load_model(uri).predict(draw_images(1), params=params)
 
 
 def test_weights_and_computation_move_to_the_asked_device(uri: str) -> None:

@@ -13,12 +13,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import mlflow
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import write_npz
 from rich.console import Console
 from small_runs import SMALL, copy_job, small_config
 
+from fedfactory_ray.classification.rules import prior_of
 from fedfactory_ray.errors import ForgottenError, RunConflictError, UnlearningError
 from fedfactory_ray.pipeline import phases
 from fedfactory_ray.pipeline.session import open_session
@@ -122,6 +124,12 @@ def test_the_result_is_the_run_in_which_the_client_never_took_part(place: Place)
     assert checked == certificate
     assert len(certificate.after.digests()) == 1 + 1 + 5 + len(certificate.after.shards) + 1 + 3 + 3
 
+    # The announced prior is that of those who are left.
+    counts = json.loads((new / "partition.json").read_text())["counts"]
+    prior = json.loads((new / "evaluation.json").read_text())["prior"]
+    np.testing.assert_allclose(prior, prior_of(np.sum(counts, axis=0)))
+    assert not np.allclose(prior, json.loads(before["evaluation.json"])["prior"])
+
     # Without the deletion the digests differ: the comparison can fail.
     changed = differences(certificate.before, certificate.after)
     assert {"partition", "rows", "classifier", "expert of client-001", "predictions, fedfactory"} <= set(changed)
@@ -204,7 +212,7 @@ def test_mlflow_shows_before_and_after_and_no_longer_the_client(
     assert new.info.status == "FINISHED"
     assert new.data.tags["forgotten"] == "client-000, client-003"
     for when, facts in (("before", certificate.before), ("after", certificate.after)):
-        assert new.data.metrics[f"{when}/accuracy"] == facts.scores["product"]["accuracy"]
+        assert new.data.metrics[f"{when}/announced/accuracy"] == facts.scores["product"]["announced/accuracy"]
     assert {"recall.png", CERTIFICATE} <= {file.path for file in store.list_artifacts(new.info.run_id)}
     below = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == old.info.run_id]
     names = {run.info.run_name for run in below}

@@ -13,7 +13,8 @@ from fedfactory_ray.storage.layout import classifier_folder, lone_classifier
 
 @dataclass(frozen=True)
 class Round:
-    """One round: losses and accuracy are means over images; bytes are those of all messages."""
+    """One round: losses and accuracy are means over images, balanced accuracy over classes, with the classes alike (NaN
+    where an earlier version told none); bytes are those of all messages."""
 
     round: int
     clients: int
@@ -23,11 +24,12 @@ class Round:
     bytes_up: int
     bytes_down: int
     seconds: float
+    validation_balanced: float = math.nan
 
     @property
     def merit(self) -> tuple[float, float]:
-        """What the choice of the round goes by: validation accuracy, then loss."""
-        return self.validation_accuracy, -self.validation_loss
+        """What the choice of the round goes by: balanced validation accuracy, then loss."""
+        return self.validation_balanced, -self.validation_loss
 
     @property
     def diverged(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -10,6 +11,7 @@ import pyarrow as pa
 import ray
 
 from fedfactory_ray.classification.rows import Rows
+from fedfactory_ray.classification.sides import validates
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.data.source import DataInfo
@@ -50,6 +52,13 @@ def real_rows(config: Config, partition: Partition, info: DataInfo) -> Rows:
     blocks = math.ceil(len(indices) * info.channels * info.resolution**2 / BLOCK_BYTES)
     table, dataset = partial(_read, config, indices), partial(_stream, config, indices, blocks)
     return Rows(table, dataset, digest, len(indices), len(indices))
+
+
+def real_validation_rows(config: Config, partition: Partition) -> Callable[[], pa.Table]:
+    """Reads the images of the partition that validate, where it is called."""
+    indices = np.sort(np.concatenate([share for _, _, share in partition]))
+    judged = validates(np.arange(len(indices)), config.classifier.validation_fraction)
+    return partial(_read, config, indices[judged])
 
 
 def _read(config: Config, indices: np.ndarray, start: int = 0) -> pa.Table:

@@ -64,13 +64,16 @@ class Keeper:
 
 class FederatedClient(Keeper, ClientSlot):
     """A slot for the clients in `shares` (client → class → indices), with the same resources as a factory's client.
+    `prior`, (classes,), is that of all clients' images.
 
     It keeps their images, never their vectors: calls are functions of their arguments, so that Ray may repeat one.
     """
 
-    def __init__(self, config: Config, task: Task, threads: int, shares: dict[str, dict[int, np.ndarray]]) -> None:
+    def __init__(
+        self, config: Config, task: Task, threads: int, shares: dict[str, dict[int, np.ndarray]], prior: np.ndarray
+    ) -> None:
         super().__init__(config, threads)
-        self.task, self.shares = task, shares
+        self.task, self.shares, self.prior = task, shares, prior
         self.kept: dict[str, tuple[Images, Images]] = {}
 
     @cached_property
@@ -114,7 +117,7 @@ class FederatedClient(Keeper, ClientSlot):
         """Judge the server's model on the client's validation images; scalars alone come back."""
         with failures_refused(f"client {client!r}, judging a round's model", FIT_REMEDY):
             self.learner.load(from_message(model, self.learner.device))
-            return self.learner.judge(self.images(client)[1])
+            return self.learner.judge(self.images(client)[1], self.prior)
 
     def fit_alone(self, client: str, recipe: ClassifierConfig, storage: Storage, made_of: str) -> Alone:
         """Fit a classifier on the client's own images by `recipe` and write it to storage, the card last.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -34,11 +34,20 @@ class Images:
 
 @dataclass(frozen=True)
 class Judgement:
-    """Sums over validation images: loss, right answers, images."""
+    """Sums over validation images: loss, right answers, images; and by class, right answers with the classes alike, and
+    images."""
 
     loss: float
     right: int
     n_images: int
+    recalled: tuple[int, ...]
+    held: tuple[int, ...]
+
+
+def balanced_accuracy(judgements: Sequence[Judgement]) -> float:
+    """Mean recall of the classes of which some client has a validation image."""
+    recalled, held = (np.sum([getattr(j, name) for j in judgements], axis=0) for name in ("recalled", "held"))
+    return float((recalled[held > 0] / held[held > 0]).mean())
 
 
 def held_back(share: dict[int, np.ndarray], every: int) -> tuple[dict[int, np.ndarray], dict[int, np.ndarray]]:
@@ -123,10 +132,11 @@ class Learner:
         return float(torch.stack(self.losses).mean())
 
     @torch.inference_mode()
-    def judge(self, data: Images) -> Judgement:
-        """Judge the network, as it is, on validation images."""
+    def judge(self, data: Images, prior: np.ndarray) -> Judgement:
+        """Judge the network, as it is, on validation images; `prior`, (classes,), is that of all training images."""
         self.network.eval()
-        loss, right = 0.0, 0
+        loss, right, logarithm = 0.0, 0, torch.from_numpy(np.log(prior)).float()
+        recalled = torch.zeros(len(prior), dtype=torch.long)
         for start in range(0, len(data.labels), VALIDATION_BATCH):
             labels = data.labels[start : start + VALIDATION_BATCH]
             with autocast(self.device, self.precision):
@@ -134,4 +144,7 @@ class Learner:
             logits = logits.float().cpu()
             loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
             right += int((logits.argmax(1) == labels).sum())
-        return Judgement(loss, right, len(data.labels))
+            alike = (logits - logarithm).argmax(1)
+            recalled += torch.bincount(labels[alike == labels], minlength=len(prior))
+        held = torch.bincount(data.labels, minlength=len(prior))
+        return Judgement(loss, right, len(data.labels), tuple(recalled.tolist()), tuple(held.tolist()))

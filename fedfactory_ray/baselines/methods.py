@@ -41,4 +41,5 @@ def determining(config: Config, method: Method) -> dict[str, Any]:
         "classifier": config.classifier.model_dump(mode="json", exclude=UNUSED),
         "threads": config.resources.client.threads,
         "seed": config.seed,
+        "round chosen by": "validation_balanced",
     }

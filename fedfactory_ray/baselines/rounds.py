@@ -13,8 +13,9 @@ import ray
 from fedfactory_ray.baselines.card import Federated, Round
 from fedfactory_ray.baselines.client import FederatedClient, MessageBytes, Server, Trained
 from fedfactory_ray.baselines.interface import Method
-from fedfactory_ray.baselines.learner import Judgement, held_back
+from fedfactory_ray.baselines.learner import Judgement, balanced_accuracy, held_back
 from fedfactory_ray.baselines.methods import determining
+from fedfactory_ray.classification.rules import prior_of
 from fedfactory_ray.cluster.absence import gather
 from fedfactory_ray.cluster.plan import Worker, place, placement, start_actor
 from fedfactory_ray.cluster.stored import find_all
@@ -88,10 +89,13 @@ class Federation:
         # The default strategy, else they wait for room in the placement group of a tuner's trial.
         demands = worker.options | repeatable | {"scheduling_strategy": "DEFAULT"}
         self.slot: dict[str, Any] = {}
+        prior = prior_of(partition.matrix().sum(0))
         for clients in self._deal(worker.slots):
             shares = {client: partition.shares[client] for client in clients}
             options = demands | placement(config, clients[0])
-            self.slot |= dict.fromkeys(clients, start(FederatedClient, config, task, worker.threads, shares, **options))
+            self.slot |= dict.fromkeys(
+                clients, start(FederatedClient, config, task, worker.threads, shares, prior, **options)
+            )
         self.server = start(Server, config, task, num_cpus=0, **repeatable)
 
     def _deal(self, slots: int) -> list[list[str]]:
@@ -202,6 +206,7 @@ class Federation:
             train_loss=sum(t.loss * t.n_images for t in trained) / sum(t.n_images for t in trained),
             validation_loss=sum(j.loss for j in judgements) / validated,
             validation_accuracy=sum(j.right for j in judgements) / validated,
+            validation_balanced=balanced_accuracy(judgements),
             bytes_up=sum(t.bytes_up for t in trained),
             bytes_down=bytes_down,
             seconds=time.monotonic() - began,

@@ -1,4 +1,4 @@
-"""Batches of a fit: rows held in memory in one order, or streamed; and which rows train and which validate."""
+"""Batches of a fit: rows held in memory in one order, or streamed."""
 
 from __future__ import annotations
 
@@ -15,16 +15,6 @@ from torch import Tensor
 from fedfactory_ray.synthesis.shard import images_of
 
 ORDER = ("label", "client", "unit", "index")
-
-
-def keep_side(table: pa.Table, unit_size: int, fraction: float, *, validation: bool) -> pa.Table:
-    """The training or the validation rows: of each client's images of a class, every (1/fraction)-th validates.
-
-    A row's side depends on its own place alone, so it stays when other rows come or go.
-    """
-    period = round(1 / fraction)
-    place = table["unit"].to_numpy() * unit_size + table["index"].to_numpy()
-    return table.filter(pa.array((place % period == period - 1) == validation))
 
 
 class Batches(Protocol):
@@ -59,7 +49,8 @@ class Held:
         """Rows in this order (n,), in batches of `size`; of each, the share of one rank."""
         for batch in order.to(self.images.device).split(size):
             chosen = batch[rank::world]
-            yield self.images[chosen], self.labels[chosen]
+            if len(chosen):
+                yield self.images[chosen], self.labels[chosen]
 
     @property
     def reading_size(self) -> int:
@@ -85,7 +76,8 @@ class HeldBatches(Held):
         if epoch is None:
             return self.gather(torch.arange(n), self.reading_size, self.rank, self.world)
         order = torch.randperm(n, generator=torch.Generator().manual_seed(self.seed + epoch))
-        size = min(self.batch_size, n)
+        # Gradients of the workers are averaged as they are, so all have as many rows.
+        size = min(self.batch_size, n) // self.world * self.world
         return self.gather(order[: n - n % size], size, self.rank, self.world)
 
 

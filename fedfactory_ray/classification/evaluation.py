@@ -1,4 +1,4 @@
-"""Evaluation: metrics of predicted log-probabilities, with bootstrap intervals, beside the majority-class rate."""
+"""Evaluation: metrics of predicted log-probabilities under both decision rules, beside the majority-class rate."""
 
 from __future__ import annotations
 
@@ -7,31 +7,15 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.special import log_softmax, logsumexp
 
+from fedfactory_ray.classification.intervals import Interval, mean_difference, mean_rate, proportion
 from fedfactory_ray.classification.metrics import auroc, confusion_matrix, macro_f1
-
-BOOTSTRAP_SAMPLES = 1000
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A figure with its 95 % bootstrap interval."""
-
-    value: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.value:.4f} [{self.low:.4f}, {self.high:.4f}]"
-
-    @property
-    def signed(self) -> str:
-        """As text, for a difference."""
-        return f"{self.value:+.4f} [{self.low:+.4f}, {self.high:+.4f}]"
+from fedfactory_ray.classification.rules import ALIKE, ANNOUNCED, Ruled
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics on a test split. Recall and AUROC leave classes out that have no test image."""
+    """Metrics on a test split, by one rule. Recall and AUROC leave classes out that have no test image; intervals cover
+    the sampling of test images only."""
 
     accuracy: Interval
     balanced_accuracy: Interval
@@ -61,12 +45,12 @@ class Evaluation:
         } | {f"recall_class_{y}": r for y, r in enumerate(self.recall) if r is not None}
 
 
-def evaluate(logits: np.ndarray, labels: np.ndarray, seed: int = 0) -> Evaluation:
+def evaluate(logits: np.ndarray, labels: np.ndarray) -> Evaluation:
     """Evaluate log-probabilities up to a constant an image, float (n, classes), against labels, int (n,).
 
-    AUROC is macro one-vs-rest; ECE has 15 equal bins (Guo et al. 2017); intervals come from resampling test images
-    BOOTSTRAP_SAMPLES times (percentile bootstrap). Nothing saturates, however certain the classifier is: the likelihood
-    and AUROC's order are taken from logarithms. Raises ValueError for logits that are not finite.
+    AUROC is macro one-vs-rest; ECE has 15 equal bins (Guo et al. 2017). Nothing saturates, however certain the
+    classifier is: the likelihood and AUROC's order are taken from logarithms. Raises ValueError for logits that are not
+    finite.
     """
     if not np.isfinite(logits).all():
         raise ValueError("logits hold values that are not finite; the fit diverged: lower classifier.learning_rate")
@@ -77,10 +61,10 @@ def evaluate(logits: np.ndarray, labels: np.ndarray, seed: int = 0) -> Evaluatio
     present = np.flatnonzero(confusion.sum(1))
     recall = [float(confusion[y, y] / confusion[y].sum()) if y in present else None for y in range(classes)]
     aurocs = [auroc(labels == y, log_odds(logs, int(y))) for y in present if len(present) > 1]
-    accuracy, balanced = _bootstrap(confusion, seed)
+    right = np.diag(confusion)
     return Evaluation(
-        accuracy=accuracy,
-        balanced_accuracy=balanced,
+        accuracy=proportion(int(right.sum()), len(labels)),
+        balanced_accuracy=mean_rate(right, confusion.sum(1)),
         auroc=float(np.mean(aurocs)) if aurocs else float("nan"),
         macro_f1=macro_f1(confusion),
         nll=float(-logs[np.arange(len(labels)), labels].mean()),
@@ -105,27 +89,35 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int =
     return float(np.abs(gaps).sum() / len(labels))
 
 
-def _bootstrap(confusion: np.ndarray, seed: int) -> tuple[Interval, Interval]:
-    """Accuracy and balanced accuracy with intervals. Resampling images is drawing the confusion matrix's cells from a
-    multinomial, which costs nothing per image."""
+@dataclass(frozen=True)
+class Judged:
+    """A classifier's evaluations by both rules, after division by its `temperature`; `raw_nll` and `raw_ece` are those
+    of the second rule before."""
 
-    def figures(matrices: np.ndarray) -> np.ndarray:
-        right, truth = np.diagonal(matrices, axis1=-2, axis2=-1), matrices.sum(-1)
-        recall = np.divide(right, truth, out=np.full(truth.shape, np.nan), where=truth > 0)
-        return np.stack([right.sum(-1) / truth.sum(-1), np.nanmean(recall, -1)])
+    alike: Evaluation
+    announced: Evaluation
+    temperature: float
+    raw_nll: float
+    raw_ece: float
 
-    draw = np.random.RandomState(seed % 2**32)
-    total = confusion.sum()
-    resampled = draw.multinomial(total, (confusion / total).ravel(), size=BOOTSTRAP_SAMPLES)
-    low, high = np.quantile(figures(resampled.reshape(-1, *confusion.shape)), [0.025, 0.975], axis=1)
-    values = figures(confusion)
-    accuracy, balanced = (Interval(*map(float, triple)) for triple in zip(values, low, high, strict=True))
-    return accuracy, balanced
+    def scalars(self) -> dict[str, float]:
+        """Flat metrics `<rule>/<name>`, and those of the calibration."""
+        by_rule = {ALIKE: self.alike.scalars(), ANNOUNCED: self.announced.scalars()}
+        found = {f"{rule}/{name}": value for rule, scalars in by_rule.items() for name, value in scalars.items()}
+        raw = {f"{ANNOUNCED}/nll_uncalibrated": self.raw_nll, f"{ANNOUNCED}/ece_uncalibrated": self.raw_ece}
+        return found | raw | {"temperature": self.temperature}
+
+
+def judge(ruled: Ruled, raw: Ruled, labels: np.ndarray, temperature: float = 1.0) -> Judged:
+    """Evaluate a classifier's calibrated log-probabilities, and what they were before, against labels, int (n,)."""
+    before = evaluate(raw.announced, labels)
+    return Judged(evaluate(ruled.alike, labels), evaluate(ruled.announced, labels), temperature, before.nll, before.ece)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """What one classifier gains on another, on the same images."""
+    """What one classifier gains on another, on the same images: accuracy with the announced prior, balanced accuracy
+    with the classes alike. Intervals cover the sampling of test images only; over seeds, the fits."""
 
     accuracy: Interval
     balanced_accuracy: Interval
@@ -139,22 +131,16 @@ class Difference:
         }
 
 
-def paired_difference(first: np.ndarray, second: np.ndarray, labels: np.ndarray, seed: int = 0) -> Difference:
-    """Accuracies of `first` less those of `second`, logits of the same images (n, classes), with paired bootstrap
-    intervals.
+def paired_difference(first: Ruled, second: Ruled, labels: np.ndarray) -> Difference:
+    """Accuracies of `first` less those of `second` on the same images. What the two get right alike cancels."""
+    won, lost = _exchanged(first.announced, second.announced, labels)
+    classes = np.bincount(labels, minlength=len(won))
+    accuracy = mean_difference(*(np.array([each.sum()]) for each in (won, lost, classes)))
+    return Difference(accuracy, mean_difference(*_exchanged(first.alike, second.alike, labels), classes))
 
-    Both are resampled together, so what the two get right alike cancels; an interval without 0 is more than noise.
-    """
-    gained = (first.argmax(1) == labels).astype(int) - (second.argmax(1) == labels)
-    counts = np.zeros((first.shape[1], 3), int)  # by class: lost, alike, won
-    np.add.at(counts, (labels, gained + 1), 1)
 
-    def figures(tables: np.ndarray) -> np.ndarray:
-        net, truth = tables[..., 2] - tables[..., 0], tables.sum(-1)
-        by_class = np.divide(net, truth, out=np.full(truth.shape, np.nan), where=truth > 0)
-        return np.stack([net.sum(-1) / truth.sum(-1), np.nanmean(by_class, -1)])
-
-    draw = np.random.RandomState(seed % 2**32)
-    resampled = draw.multinomial(len(labels), (counts / len(labels)).ravel(), size=BOOTSTRAP_SAMPLES)
-    low, high = np.quantile(figures(resampled.reshape(-1, *counts.shape)), [0.025, 0.975], axis=1)
-    return Difference(*(Interval(*map(float, triple)) for triple in zip(figures(counts), low, high, strict=True)))
+def _exchanged(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """By class, int (classes,): images that `first` alone gets right, and those that `second` alone does."""
+    ours, theirs = (logits.argmax(1) == labels for logits in (first, second))
+    won, lost = (np.bincount(labels[only], minlength=first.shape[1]) for only in (ours & ~theirs, theirs & ~ours))
+    return won, lost

@@ -10,6 +10,7 @@ from functools import partial
 import pyarrow as pa
 import ray
 
+from fedfactory_ray.classification.sides import keep_side
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.shard import Shard, read_shards
 
@@ -36,6 +37,17 @@ def shard_rows(storage: Storage, manifest: list[Shard], digest: str, unit_size: 
     files = [shard.file for shard in manifest]
     n_images = sum(shard.n for shard in manifest)
     return Rows(partial(read_shards, storage, files), partial(_stream, storage, files), digest, n_images, unit_size)
+
+
+def validation_rows(storage: Storage, manifest: list[Shard], unit_size: int, fraction: float) -> Callable[[], pa.Table]:
+    """Reads the rows of the shards that validate, where it is called."""
+    return partial(_validating, storage, [shard.file for shard in manifest], unit_size, fraction)
+
+
+def _validating(storage: Storage, files: list[str], unit_size: int, fraction: float) -> pa.Table:
+    # File by file, so that the other rows are never held together.
+    sides = (keep_side(read_shards(storage, [file]), unit_size, fraction, validation=True) for file in files)
+    return pa.concat_tables(sides)
 
 
 def _stream(storage: Storage, files: list[str]) -> ray.data.Dataset:

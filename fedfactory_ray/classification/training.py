@@ -20,14 +20,16 @@ import ray.train
 import ray.train.torch
 from ray.util.queue import Queue
 
-from fedfactory_ray.classification.batches import Batches, HeldBatches, StreamedBatches, keep_side
+from fedfactory_ray.classification.batches import Batches, HeldBatches, StreamedBatches
 from fedfactory_ray.classification.card import Classifier, Epoch
 from fedfactory_ray.classification.rows import Rows
+from fedfactory_ray.classification.sides import keep_side
 from fedfactory_ray.cluster.failures import failures_refused, find_refusal
 from fedfactory_ray.cluster.plan import Worker
 from fedfactory_ray.cluster.stored import find_all
 from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.data.source import Task
+from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.artefact import fingerprint, keep
@@ -58,6 +60,7 @@ def fit(
     `judged`, every epoch also tells of the real validation split.
     """
     held = config.resources.holds(rows.n_images, task.image_shape)
+    refuse_few_rows(config, rows.n_images, held=held)
     made_of = fit_fingerprint(config, rows.digest, held=held)
     checkpoints = trainer_folder(name, made_of)
     found = find_all(storage, Classifier, {classifier_folder(name): made_of}).get(classifier_folder(name))
@@ -68,6 +71,20 @@ def fit(
     for folder in filter(re.compile(trainer_folder(re.escape(name), "[0-9a-f]{16}")).fullmatch, storage.entries("")):
         storage.delete_folder(folder)
     return found
+
+
+def refuse_few_rows(config: Config, n_images: int, *, held: bool) -> None:
+    """Raise ConfigError where a worker would have no batch: rows held in memory make a smaller one, of a row a worker
+    at least; streamed rows make whole batches alone."""
+    training, workers = int(n_images * (1 - config.classifier.validation_fraction)), config.resources.classifier_workers
+    needed = workers if held else config.classifier.batch_size
+    if training < needed and (workers > 1 or not held):
+        raise ConfigError(
+            [
+                f"resources.classifier_workers={workers}: found {training} images to train on, needed {needed}: use "
+                "fewer workers, a smaller classifier.batch_size or more images"
+            ]
+        )
 
 
 def fit_fingerprint(config: Config, rows_digest: str, *, held: bool) -> str:

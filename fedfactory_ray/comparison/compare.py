@@ -13,6 +13,7 @@ import ray
 from rich.console import Console
 
 from fedfactory_ray.comparison.report import (
+    ACCURACY,
     BEST,
     COMPARED,
     ENSEMBLE,
@@ -20,6 +21,7 @@ from fedfactory_ray.comparison.report import (
     FACTORY_II,
     LONE,
     MEAN,
+    PAIRS,
     Comparison,
     MethodLine,
     comparison_table,
@@ -32,6 +34,7 @@ from fedfactory_ray.pipeline import phases
 from fedfactory_ray.pipeline.listeners import FederatedListener, Listeners
 from fedfactory_ray.pipeline.report import partition_table
 from fedfactory_ray.pipeline.results import expert_bytes, uploaded_bytes
+from fedfactory_ray.pipeline.seeds import each_seed
 from fedfactory_ray.pipeline.session import Session, open_session
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.layout import CENTRALISED, LOCAL, PLOT, PRODUCT, TABLE, WEIGHTS, lone_classifier
@@ -43,7 +46,7 @@ if TYPE_CHECKING:
     from fedfactory_ray.baselines.card import Federated, Round
     from fedfactory_ray.baselines.rounds import Federation
     from fedfactory_ray.classification.evaluation import Difference
-    from fedfactory_ray.classification.prediction import TestResult
+    from fedfactory_ray.classification.prediction import Entry, TestResult
     from fedfactory_ray.federation.experts import Experts
     from fedfactory_ray.generation.card import Modules
     from fedfactory_ray.synthesis.shard import Shard
@@ -70,12 +73,9 @@ def compare(config: Config, methods: Sequence[str], seeds: int, console: Console
     if config.apart and CENTRALISED in methods:
         others = " ".join(method for method in method_names() if method != CENTRALISED)
         raise ConfigError([f"partition natural: centralised needs all images in one place; try --methods {others}"])
-    if seeds < 1:
-        raise ConfigError([f"seeds: found {seeds}, needed at least 1"])
     found = []
-    for seed in range(config.seed, config.seed + seeds):
-        name = f"{config.name}-seed{seed}" if config.name and seeds > 1 else config.name
-        found.append(compare_once(config.model_copy(update={"seed": seed, "name": name}), methods, console))
+    for one in each_seed(config, seeds):
+        found.append(compare_once(one, methods, console))
         console.print(comparison_table(found[-1]))
     if seeds == 1:
         return found[0]
@@ -88,11 +88,13 @@ def compare(config: Config, methods: Sequence[str], seeds: int, console: Console
 
 def compare_once(config: Config, methods: Sequence[str], console: Console) -> Comparison:
     """The comparison on the config's seed, logged as one MLflow run with a child for each method."""
+    from fedfactory_ray.classification.prediction import Entry
+
     draws = FACTORY in methods or FACTORY_II in methods
     with open_session(config, console, draws=draws) as session, ExitStack() as ending:
         config = session.config
         console.print(partition_table(session.partition, session.info))
-        folders: dict[str, str] = {}
+        entries: dict[str, Entry] = {}
         lines: dict[str, MethodLine] = {}
         runs = {method: session.run.child(method) for method in method_names() if method in methods}
         federated = [method for method in runs if method not in (FACTORY, FACTORY_II, CENTRALISED, LOCAL)]
@@ -102,34 +104,36 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
             check(config, session.partition)
         if federated and config.classifier.norm == "batch":
             console.print("note: statistics of batch norms are averaged too; --classifier.norm group has none")
+        manifest: list[Shard] = []
         experts, listeners = None, Listeners(console, session.logged)
         if draws:
             modules = phases.train_modules(session, listeners)
             listeners.end_clients()
             manifest = phases.draw_data_set(session, listeners, modules)
             if FACTORY in methods:
-                lines[FACTORY], folders[FACTORY] = run_factory(session, listeners, modules, manifest)
+                lines[FACTORY], entries[FACTORY] = run_factory(session, listeners, modules, manifest)
             if FACTORY_II in methods:
                 lines[FACTORY_II], experts = run_experts(session, listeners, modules, manifest)
         if CENTRALISED in methods:
-            lines[CENTRALISED], folders[CENTRALISED] = run_centralised(session, listeners)
+            lines[CENTRALISED], entries[CENTRALISED] = run_centralised(session, listeners)
         curves, alone, diverged = {}, [], []
         if federated or LOCAL in methods:
             federation = ending.enter_context(
                 Federation(config, session.partition, session.info.task, session.plan.client, session.storage)
             )
             if LOCAL in methods:
-                alone = run_local(session, federation, folders)
+                alone = run_local(session, federation, entries)
             for method in federated:
                 done = run_federated(session, listeners, federation, method, runs[method])
-                lines[method], folders[method] = federated_line(method, done.history), done.folder
+                lines[method] = federated_line(method, done.history)
+                entries[method] = Entry(done.folder, phases.announced_counts(session))
                 curves[method] = [r.validation_accuracy for r in done.history]
                 diverged += [] if done.chosen else [method]
             ending.close()  # its actors make room for the test
-        scores, difference = score_methods(session, folders, alone, experts)
+        scores, gained = score_methods(session, entries, alone, experts, manifest)
         seconds = session.worked
         if LOCAL in methods:
-            sent = sum(session.storage.size(f"{folders[name]}/{WEIGHTS}") for name in alone)
+            sent = sum(session.storage.size(f"{entries[name].folder}/{WEIGHTS}") for name in alone)
             moved = {MEAN: 0, BEST: 0, ENSEMBLE: sent}
             lines |= {name: MethodLine(name, {}, None, up, 0, seconds["local"]) for name, up in moved.items()}
         if experts is not None:
@@ -137,7 +141,6 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
         order = [CENTRALISED, MEAN, BEST, ENSEMBLE, *federated, FACTORY, LONE, FACTORY_II]
         found = [replace(lines[name], scores=scores[name]) for name in order if name in lines]
         missing = tuple(experts.missing) if experts else ()
-        gained = (difference,) if difference else ()
         comparison = Comparison(session.name, session.storage.uri, found, curves, missing, tuple(diverged), gained)
         session.storage.write_json(TABLE, comparison.to_json())
         picture = BytesIO()
@@ -149,12 +152,13 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
 
 def run_factory(
     session: Session, listeners: Listeners, modules: Modules, manifest: list[Shard]
-) -> tuple[MethodLine, str]:
+) -> tuple[MethodLine, Entry]:
     """FederatedFactory's Architecture I, as `jobs/run.py` runs it."""
     rows = phases.synthetic_rows(session, manifest)
     classifier = phases.fit_classifier(session, listeners, FACTORY, session.config, rows)
     seconds = sum(session.worked[phase] for phase in ("modules", "synthesis", f"classifier ({FACTORY})"))
-    return MethodLine(FACTORY, {}, 1, uploaded_bytes(modules), 0, seconds), classifier.folder
+    entry = phases.factory_entry(session, manifest, classifier.folder)
+    return MethodLine(FACTORY, {}, 1, uploaded_bytes(modules), 0, seconds), entry
 
 
 def run_experts(
@@ -167,24 +171,27 @@ def run_experts(
     return MethodLine(FACTORY_II, {}, 1, up, experts.downlink_bytes, seconds), experts
 
 
-def run_centralised(session: Session, listeners: Listeners) -> tuple[MethodLine, str]:
+def run_centralised(session: Session, listeners: Listeners) -> tuple[MethodLine, Entry]:
     """The classifier on all real images, which would all have to be uploaded."""
     classifier = phases.fit_centralised(session, listeners)
     image_bytes = sum(len(share) for _, _, share in session.partition) * int(np.prod(session.info.task.image_shape))
     seconds = session.worked[f"classifier ({CENTRALISED})"]
-    return MethodLine(CENTRALISED, {}, None, image_bytes, 0, seconds), classifier.folder
+    entry = phases.reference_entry(session, classifier.folder)
+    return MethodLine(CENTRALISED, {}, None, image_bytes, 0, seconds), entry
 
 
-def run_local(session: Session, federation: Federation, folders: dict[str, str]) -> list[str]:
-    """Every client alone; adds their classifiers to `folders` and returns their names there."""
+def run_local(session: Session, federation: Federation, entries: dict[str, Entry]) -> list[str]:
+    """Every client alone; adds their classifiers to `entries` and returns their names there."""
     from fedfactory_ray.baselines.alone import fit_alone
+    from fedfactory_ray.classification.prediction import Entry
 
     total = len(session.partition.clients)
     with session.phase("local"), Bars(session.console, "fitting each client alone", total, "clients") as shown:
         fitted = fit_alone(federation, shown.update)
         shown.update(total)
-    names = {lone_classifier(alone.client): alone.folder for alone in fitted}
-    folders |= names
+    counts = dict(zip(session.partition.clients, session.partition.matrix(), strict=True))
+    names = {lone_classifier(alone.client): Entry(alone.folder, counts[alone.client]) for alone in fitted}
+    entries |= names
     return list(names)
 
 
@@ -206,21 +213,32 @@ def federated_line(method: str, history: Sequence[Round]) -> MethodLine:
 
 
 def score_methods(
-    session: Session, folders: dict[str, str], alone: list[str], experts: Experts | None
-) -> tuple[dict[str, dict[str, float]], Difference | None]:
-    """Scores by line of the table, and what Architecture II gains on I; the test split is read here, once."""
+    session: Session,
+    entries: dict[str, Entry],
+    alone: list[str],
+    experts: Experts | None,
+    manifest: list[Shard],
+) -> tuple[dict[str, dict[str, float]], dict[str, Difference]]:
+    """Scores by line of the table, and differences by name; the test split is read here, once."""
     with session.phase("evaluation"):
         ensembles = {ENSEMBLE: alone} if alone else {}
-        result: TestResult = ray.get(phases.read_test_split(session, folders, experts, examples=1, ensembles=ensembles))
-    scores = {name: evaluation.scalars() for name, evaluation in result.evaluations.items()}
+        asked = phases.read_test_split(session, entries, experts, manifest, examples=1, ensembles=ensembles)
+        result: TestResult = ray.get(asked)
+    scores = {name: judged.scalars() for name, judged in result.evaluations.items()}
     if alone:
-        ranked = sorted((scores.pop(name) for name in alone), key=lambda each: each["accuracy"])
+        ranked = sorted((scores.pop(name) for name in alone), key=lambda each: each[ACCURACY])
         scores[BEST] = ranked[-1]
         scores[MEAN] = mean(ranked)
     if experts:
         scores[FACTORY_II] = scores[PRODUCT]
-        scores[LONE] = mean([evaluation.scalars() for evaluation in result.experts.values()])
-    return scores, result.differences.get(FACTORY)
+        scores[LONE] = mean([judged.scalars() for judged in result.experts.values()])
+    names = {FACTORY_II: PRODUCT}
+    gained = {
+        f"{first} less {second}": result.differences[names.get(first, first)][second]
+        for first, second in PAIRS
+        if second in result.differences.get(names.get(first, first), {})
+    }
+    return scores, gained
 
 
 def mean(scores: Sequence[dict[str, float]]) -> dict[str, float]:

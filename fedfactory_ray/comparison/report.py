@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,11 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from fedfactory_ray.storage.layout import METHOD, PLOT, TABLE
+from fedfactory_ray.classification import intervals
+from fedfactory_ray.classification.evaluation import Difference
+from fedfactory_ray.classification.intervals import SAMPLING
+from fedfactory_ray.classification.rules import ALIKE, ANNOUNCED
+from fedfactory_ray.storage.layout import CENTRALISED, METHOD, PLOT, TABLE
 from fedfactory_ray.tracking import plots
 from fedfactory_ray.tracking.runs import Run
 from fedfactory_ray.tracking.table import PlainTable
@@ -19,17 +23,21 @@ from fedfactory_ray.tracking.table import PlainTable
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from fedfactory_ray.classification.evaluation import Difference
-
 FACTORY, FACTORY_II = METHOD, f"{METHOD}-ii"
 ENSEMBLE, MEAN, BEST = "local, ensemble", "local, mean", "local, best on test"
 LONE = f"{FACTORY_II}, lone experts, mean"
-COMPARED = ("accuracy", "balanced_accuracy", "auroc")
+ACCURACY, BALANCED, AUROC = f"{ANNOUNCED}/accuracy", f"{ALIKE}/balanced_accuracy", f"{ALIKE}/auroc"
+NLL, ECE = f"{ANNOUNCED}/nll", f"{ANNOUNCED}/ece"
+COMPARED = (ACCURACY, BALANCED, AUROC, NLL, ECE)
+"""Scores of the table, each of one rule."""
+PAIRS = ((FACTORY, CENTRALISED), (FACTORY_II, CENTRALISED), (FACTORY_II, FACTORY))
+"""Methods of which the first's gain on the second is told."""
 
 
 @dataclass(frozen=True)
 class MethodLine:
-    """A line of the table. `scores` are an evaluation's scalars, or over seeds their means, with `<score>_std`.
+    """A line of the table. `scores` are an evaluation's scalars; over seeds, of those that are compared the means, with
+    `<score>_low`, `<score>_high` (95 % interval) and `<score>_std`.
 
     Bytes are those of all clients together, until the method's last round.
     """
@@ -46,7 +54,8 @@ class MethodLine:
 class Comparison:
     """What a comparison on one seed, or over several, tells; `curves` are validation accuracies by round. Architecture
     II's line is without the experts of the clients `missing`; methods that `diverged` at once are untrained; `gained`
-    is, for each seed, what Architecture II gains on I, where both were compared."""
+    tells, by "first less second", what a method gains on another. All intervals cover the sampling of test images only
+    where `seeds` is 1, else the variation over seeds: partitions and fits, on the same test images."""
 
     name: str
     storage: str
@@ -54,29 +63,47 @@ class Comparison:
     curves: dict[str, list[float]]
     missing: tuple[str, ...] = ()
     diverged: tuple[str, ...] = ()
-    gained: tuple[Difference, ...] = ()
+    gained: dict[str, Difference] = field(default_factory=dict)
+    seeds: int = 1
+
+    @property
+    def intervals(self) -> str:
+        """What the intervals cover."""
+        return f"over {self.seeds} seeds, fits included, same test images" if self.seeds > 1 else SAMPLING
 
     def to_json(self) -> dict[str, Any]:
         """For storage and MLflow; all but the curves."""
-        lines, gained = [vars(line) for line in self.lines], [each.scalars() for each in self.gained]
         return {
-            "lines": lines,
+            "lines": [vars(line) for line in self.lines],
             "missing": self.missing,
             "diverged": self.diverged,
-            f"{FACTORY_II} less {FACTORY}": gained,
+            "gained": {name: each.scalars() for name, each in self.gained.items()},
+            "intervals": self.intervals,
         }
 
 
+HEADERS = (
+    *("method", "accuracy\nprior", "balanced\nalike", "AUROC\nalike", "NLL · ECE\nprior"),
+    *("rounds", "MB up", "MB down", "seconds"),
+)
+"""Of the table; below the figure, the rule that it is told by."""
+NOTE = "prior: with the one that the clients' counts announce; alike: with the classes alike"
+
+
 def over_seeds(found: Sequence[Comparison]) -> Comparison:
-    """Means over seeds, and standard deviations (n - 1) of the scores."""
+    """Means over seeds, with their intervals and standard deviations (n - 1)."""
     lines = []
     for same in zip(*(comparison.lines for comparison in found), strict=True):
-        scores = {score: np.array([line.scores[score] for line in same]) for score in COMPARED}
+        scores: dict[str, float] = {}
+        for score in COMPARED:
+            values = [line.scores[score] for line in same]
+            told = intervals.over_seeds(values)
+            scores |= {score: told.value, f"{score}_low": told.low, f"{score}_high": told.high}
+            scores[f"{score}_std"] = float(np.std(values, ddof=1))
         lines.append(
             MethodLine(
                 same[0].method,
-                {k: float(v.mean()) for k, v in scores.items()}
-                | {f"{k}_std": float(v.std(ddof=1)) for k, v in scores.items()},
+                scores,
                 None if same[0].rounds is None else float(np.mean([line.rounds for line in same])),
                 *(float(np.mean([getattr(line, k) for line in same])) for k in ("bytes_up", "bytes_down", "seconds")),
             )
@@ -86,46 +113,50 @@ def over_seeds(found: Sequence[Comparison]) -> Comparison:
         tuple(f"{one} ({comparison.name})" for comparison in found for one in getattr(comparison, kind))
         for kind in ("missing", "diverged")
     )
-    gained = tuple(gain for comparison in found for gain in comparison.gained)
-    return Comparison(name, found[0].storage, lines, found[0].curves, missing, diverged, gained)
+    gained = {
+        pair: Difference(
+            *(
+                intervals.over_seeds([getattr(comparison.gained[pair], figure).value for comparison in found])
+                for figure in ("accuracy", "balanced_accuracy")
+            )
+        )
+        for pair in found[0].gained
+    }
+    return Comparison(name, found[0].storage, lines, found[0].curves, missing, diverged, gained, len(found))
 
 
 def score_text(scores: dict[str, float], score: str) -> str:
-    """A score with its deviation over seeds; with one seed, accuracy has its bootstrap interval on the test split."""
-    value = f"{scores[score]:.4f}"
-    if f"{score}_std" in scores:
-        return f"{value} ± {scores[f'{score}_std']:.4f}"
-    if score == "accuracy" and "accuracy_low" in scores:
-        return f"{value} [{scores[f'{score}_low']:.4f}, {scores[f'{score}_high']:.4f}]"
-    return value
+    """A score with its interval, where it has one."""
+    value, low, high = (scores.get(f"{score}{ending}") for ending in ("", "_low", "_high"))
+    return f"{value:.4f}" if low is None else f"{value:.4f} [{low:.4f}, {high:.4f}]"
 
 
 def comparison_table(comparison: Comparison) -> PlainTable:
     """The table at the end."""
     table = PlainTable(title=f"comparison · {comparison.name}", title_justify="left")
-    for column in ("method", "accuracy", "balanced", "AUROC", "rounds", "MB up", "MB down", "seconds"):
-        table.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
+    for column in HEADERS:
+        room = 8 if column in HEADERS[1:3] else None  # of a figure with its bracket
+        table.add_column(column, justify="left" if column == "method" else "right", overflow="fold", min_width=room)
     for line in comparison.lines:
         table.add_row(
             line.method,
-            *(score_text(line.scores, score) for score in COMPARED),
+            *(score_text(line.scores, score) for score in (ACCURACY, BALANCED)),
+            f"{line.scores[AUROC]:.4f}",
+            " · ".join(f"{line.scores[score]:.4f}" for score in (NLL, ECE)),
             "–" if line.rounds is None else f"{line.rounds:g}",
             f"{line.bytes_up / 1e6:.2f}",
             f"{line.bytes_down / 1e6:.2f}",
             f"{line.seconds:.0f}",
         )
-    notes = []
+    notes = [NOTE, f"95 % intervals: {comparison.intervals}"]
     if comparison.missing:
         notes.append(f"{FACTORY_II} is without the experts of {', '.join(comparison.missing)}")
     if comparison.diverged:
         notes.append(f"diverged at once, shown untrained: {', '.join(comparison.diverged)}")
-    if comparison.gained:
-        accuracy, balanced = (
-            ", ".join(getattr(gain, score).signed for gain in comparison.gained) for score in COMPARED[:2]
-        )
-        notes.append(f"{FACTORY_II} less {FACTORY}, paired: accuracy {accuracy}")
-        notes.append(f"balanced accuracy {balanced}")
-    table.caption = Text("\n".join(notes), "table.caption") if notes else None
+    for pair, gain in comparison.gained.items():
+        notes.append(f"{pair}, paired: accuracy {gain.accuracy.signed}")
+        notes.append(f"balanced accuracy {gain.balanced_accuracy.signed}")
+    table.caption = Text("\n".join(notes), "table.caption")
     return table
 
 

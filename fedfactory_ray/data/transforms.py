@@ -48,6 +48,16 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     return pixels.permute(0, 2, 3, 1).contiguous().cpu().numpy()
 
 
+def undo_augment(images: Tensor, augmentation: Tensor) -> Tensor:
+    """Inverse of `augment`."""
+    import torch
+
+    bits = augmentation[:, None, None, None]
+    images = torch.where(bits // 4 == 1, images.transpose(2, 3), images)
+    images = torch.where(bits // 2 % 2 == 1, images.flip(2), images)
+    return torch.where(bits % 2 == 1, images.flip(3), images)
+
+
 def augment(images: Tensor, augmentation: Tensor) -> Tensor:
     """Apply to each image (n, C, S, S) its symmetry of the square: int64 (n,); 0 none, 1 left-right, up to 7.
 

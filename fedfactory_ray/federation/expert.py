@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 import safetensors.torch
 
-from fedfactory_ray.classification.batches import BalancedBatches, Group, keep_side
+from fedfactory_ray.classification.batches import BalancedBatches, Group
 from fedfactory_ray.classification.card import Epoch, Expert
 from fedfactory_ray.classification.fitting import Fit
+from fedfactory_ray.classification.sides import keep_side, validates
 from fedfactory_ray.data.partition import Partition, own_indices
 from fedfactory_ray.data.source import Source, Task
 from fedfactory_ray.generation.card import ModuleCard
@@ -90,19 +91,19 @@ def make_batches(
     Every (1 / validation_fraction)-th image by place validates, of the client's own as of the pool's.
     """
     fraction, shape = config.classifier.validation_fraction, assignment.task.image_shape
-    period, quota = round(1 / fraction), config.synthesis.images_per_class
+    quota = config.synthesis.images_per_class
     indices = [own_indices(config, source, label, places) for label, places in assignment.share.items()]
     held = np.split(source.images("train", np.concatenate(indices)), np.cumsum([len(i) for i in indices])[:-1])
     real = dict(zip(assignment.share, held, strict=True))
     sides: tuple[list[Group], list[Group]] = ([], [])
     for y in range(assignment.task.classes):
         own = real.get(y, np.empty((0, *shape), np.uint8))
-        validates = np.arange(len(own)) % period == period - 1
+        judged = validates(np.arange(len(own)), fraction)
         pool = read_shards(storage, [shard.file for shard in assignment.shards if shard.label == y])
         for side, groups in zip((False, True), sides, strict=True):
             drawn = keep_side(pool, config.synthesis.unit_size, fraction, validation=side)
             shown = round(quota * (fraction if side else 1 - fraction))
-            groups += compose(y, own[validates == side], images_of(drawn, shape), shown, real_share(config, len(own)))
+            groups += compose(y, own[judged == side], images_of(drawn, shape), shown, real_share(config, len(own)))
     seed = derive_seed(config.seed, "expert", assignment.client)
     training, validation = (BalancedBatches(groups, config.classifier.batch_size, seed) for groups in sides)
     return training, validation

@@ -17,11 +17,21 @@ from fedfactory_ray.settings.sections import GeneratorConfig
 
 
 def pack(network: nn.Module, *, half: bool) -> bytes:
-    """Weights as safetensors; with `half`, matrices and filters as float16 (vectors and scalars stay float32)."""
+    """Weights as safetensors; with `half`, matrices and filters as float16 (vectors and scalars stay float32).
+
+    Raises FloatingPointError for weights that are not finite, or that float16 has no number for.
+    """
     tensors = {
         name: tensor.detach().cpu().to(torch.float16 if half and tensor.ndim > 1 else torch.float32).contiguous()
         for name, tensor in network.state_dict().items()
     }
+    for name, tensor in network.state_dict().items():
+        if not torch.isfinite(tensors[name]).all():
+            most = float(tensor.abs().max())
+            raise FloatingPointError(
+                f"weight {name} reaches {most:g}, in the upload at most {torch.finfo(tensors[name].dtype).max:g} can "
+                "stand: lower generator.learning_rate, or generator.half_precision_upload=false"
+            )
     return safetensors.torch.save(tensors)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -9,15 +11,15 @@ from torch import Tensor, nn
 from fedfactory_ray.cluster.capture import Capture
 from fedfactory_ray.cluster.devices import AUTOCAST_DTYPES, autocast
 from fedfactory_ray.data.transforms import to_uint8
+from fedfactory_ray.generation.noise import noise_seed
 from fedfactory_ray.generation.samplers import SOLVERS, karras_sigmas, solver_steps
 from fedfactory_ray.generation.unet import Denoiser
-from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.sections import SamplerConfig
 
 
-def image_noise(seed: int, index: int, shape: tuple[int, int, int]) -> Tensor:
+def image_noise(seed: int, index: int, shape: tuple[int, int, int], attempt: int = 0) -> Tensor:
     """Standard normal float32 noise of one image, from a CPU generator of its own."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(derive_seed(seed, index)))
+    return torch.randn(shape, generator=torch.Generator().manual_seed(noise_seed(seed, index, attempt)))
 
 
 class Drawing:
@@ -53,8 +55,8 @@ class Drawing:
         return self.denoiser.restore(data)
 
     @torch.inference_mode()
-    def draw(self, n: int, seed: int) -> np.ndarray:
-        """Draw `n` images, uint8 (n, H, W, C).
+    def draw(self, n: int, seed: int, attempts: Mapping[int, int] | None = None) -> np.ndarray:
+        """Draw `n` images, uint8 (n, H, W, C), of which `attempts` tells those that need other noise than their first.
 
         The network always sees `batch_size` images, the last batch being padded, because kernels may round differently
         for other batch sizes; so the first images do not depend on `n`. Raises FloatingPointError for values that are
@@ -63,7 +65,7 @@ class Drawing:
 
         def noise(start: int) -> Tensor:
             shape, batch = self.denoiser.image_shape, range(start, start + self.batch_size)
-            return torch.stack([image_noise(seed, i, shape) for i in batch])
+            return torch.stack([image_noise(seed, i, shape, (attempts or {}).get(i, 0)) for i in batch])
 
         batches, following = [], noise(0)
         for start in range(0, n, self.batch_size):

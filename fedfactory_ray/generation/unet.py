@@ -9,6 +9,7 @@ from diffusers.models.unets.unet_2d import UNet2DModel
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedfactory_ray.data.transforms import augment, undo_augment
 from fedfactory_ray.generation.edm import SIGMA_DATA, CleanImage, Gaussian, Residual, c_in, c_noise, expand
 from fedfactory_ray.settings.sections import GeneratorConfig
 
@@ -95,6 +96,7 @@ class Denoiser(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, augmentation: Tensor | None = None) -> Tensor:
         """Denoise x (n, C, H, W) = data + sigma · noise at levels sigma (n,); augmentation int64 (n,), 0 = none."""
+        turned = augmentation
         if augmentation is None and self.unet.config.num_class_embeds:
             augmentation = torch.zeros(len(x), dtype=torch.long, device=x.device)
         patches = F.pixel_unshuffle(x * expand(c_in(sigma)), self.patch)
@@ -102,7 +104,10 @@ class Denoiser(nn.Module):
         raw = self.unet(patches, c_noise(sigma) * TIME_SCALE, class_labels=augmentation).sample
         correction = F.pixel_shuffle(raw.float(), self.patch) * expand(self.preconditioner.c_out(sigma))
         with torch.autocast(x.device.type, enabled=False):
-            return self.preconditioner.skip(x, sigma) + correction
+            if turned is None or not isinstance(self.preconditioner, Gaussian):
+                return self.preconditioner.skip(x, sigma) + correction
+            # The filter is that of upright images.
+            return augment(self.preconditioner.skip(undo_augment(x, turned), sigma), turned) + correction
 
     def loss(self, data: Tensor, sigma: Tensor, noise: Tensor, augmentation: Tensor | None = None) -> Tensor:
         """Weighted squared error () of denoising data + sigma · noise (Karras et al. 2022, eq. 8)."""

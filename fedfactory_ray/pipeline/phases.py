@@ -5,14 +5,16 @@ Phases import what loads torch when they need it: clients are at work before the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import ray
 from rich.console import Console
 
-from fedfactory_ray.baselines.centralised import real_rows, reference_config
-from fedfactory_ray.classification.rows import Rows, shard_rows
+from fedfactory_ray.baselines.centralised import real_rows, real_validation_rows, reference_config
+from fedfactory_ray.classification.rows import Rows, shard_rows, validation_rows
 from fedfactory_ray.federation.round import run_round
 from fedfactory_ray.generation.card import ModuleHandle, Modules
 from fedfactory_ray.pipeline.listeners import (
@@ -34,7 +36,7 @@ from fedfactory_ray.tracking import plots
 
 if TYPE_CHECKING:
     from fedfactory_ray.classification.card import Classifier
-    from fedfactory_ray.classification.prediction import TestResult
+    from fedfactory_ray.classification.prediction import Entry, TestResult
     from fedfactory_ray.federation.experts import Experts
 
 
@@ -127,21 +129,54 @@ def fit_experts(session: Session, listeners: Listeners, modules: Modules, manife
     return experts
 
 
+def factory_entry(session: Session, manifest: list[Shard], folder: str) -> Entry:
+    """The factory's classifier in `folder`, to be evaluated: calibrated on the synthetic rows that validate."""
+    from fedfactory_ray.classification.prediction import Entry
+
+    return Entry(folder, validation=synthetic_validation(session, manifest))
+
+
+def synthetic_validation(session: Session, manifest: list[Shard]) -> Callable[[], pa.Table]:
+    """What reads the synthetic rows that validate."""
+    config = session.config
+    fraction = config.classifier.validation_fraction
+    return validation_rows(session.storage, manifest, config.synthesis.unit_size, fraction)
+
+
+def reference_entry(session: Session, folder: str) -> Entry:
+    """The reference in `folder`, to be evaluated: trained on the classes as they are, calibrated on the real training
+    images that validate."""
+    from fedfactory_ray.classification.prediction import Entry
+
+    return Entry(folder, announced_counts(session), real_validation_rows(session.config, session.partition))
+
+
+def announced_counts(session: Session) -> np.ndarray:
+    """Images of each class, int64 (classes,), that the clients who are left declare; so do their modules' cards."""
+    return np.asarray(session.partition.matrix().sum(0))
+
+
 def evaluate_all(
     session: Session, manifest: list[Shard], classifiers: dict[str, Classifier], experts: Experts | None
 ) -> tuple[TestResult, dict[tuple[str, int], np.ndarray]]:
     """The test split is read once, for all classifiers and experts; some images of each module come along."""
     with session.phase("evaluation"):
-        folders = {method: classifier.folder for method, classifier in classifiers.items()}
-        result = read_test_split(session, folders, experts, examples=plots.GRID_COLUMNS)
+        entries = {
+            method: reference_entry(session, each.folder)
+            if method == CENTRALISED
+            else factory_entry(session, manifest, each.folder)
+            for method, each in classifiers.items()
+        }
+        result = read_test_split(session, entries, experts, manifest, examples=plots.GRID_COLUMNS)
         drawn = previews.remote(session.storage, manifest, session.info.task.image_shape, plots.GRID_COLUMNS)
         tested, shown = ray.get([result, drawn])
-    figures: dict[str, object] = {m: e.scalars() for m, e in tested.evaluations.items()}
+    figures: dict[str, object] = {m: judged.scalars() for m, judged in tested.evaluations.items()}
     if experts:
-        figures["experts"] = {client: e.scalars() for client, e in tested.experts.items()}
+        figures["experts"] = {client: judged.scalars() for client, judged in tested.experts.items()}
         figures["missing_experts"] = experts.missing
-        figures["product_less"] = {m: difference.scalars() for m, difference in tested.differences.items()}
-    figures["predictions_sha256"] = tested.digests
+    for ours, gained in tested.differences.items():
+        figures[f"{ours}_less"] = {method: difference.scalars() for method, difference in gained.items()}
+    figures |= {"prior": tested.prior.tolist(), "predictions_sha256": tested.digests}
     known = session.storage.read_again(ENVIRONMENT, [])
     if session.storage.exists(ENVIRONMENT) and not known:
         known = [{"earlier starts": "unknown"}]  # the file was damaged: jobs/unlearn.py then doubts
@@ -152,17 +187,26 @@ def evaluate_all(
 
 def read_test_split(
     session: Session,
-    folders: dict[str, str],
+    entries: dict[str, Entry],
     experts: Experts | None,
+    manifest: list[Shard],
     *,
     examples: int,
     ensembles: dict[str, list[str]] | None = None,
 ) -> ray.ObjectRef:
-    """A reference to the TestResult of classifiers (name → folder) and experts, see `evaluate_on_test`."""
+    """A reference to the TestResult of classifiers and experts, see `evaluate_on_test`."""
     from fedfactory_ray.classification.prediction import evaluate_on_test
 
     worker, retries = session.plan.classifier, session.config.resources.attempts - 1
-    of_experts = experts.folders if experts else {}
     return evaluate_on_test.options(**worker.options, max_retries=retries).remote(
-        session.config, session.info.task, worker.threads, session.storage, folders, of_experts, examples, ensembles
+        session.config,
+        session.info.task,
+        worker.threads,
+        session.storage,
+        announced_counts(session),
+        entries,
+        experts.folders if experts else {},
+        synthetic_validation(session, manifest) if experts else None,
+        examples,
+        ensembles,
     )

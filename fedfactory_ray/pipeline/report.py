@@ -5,21 +5,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from rich.text import Text
+
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.storage.layout import MIXTURE, PRODUCT
 from fedfactory_ray.tracking.table import PlainTable
 
 if TYPE_CHECKING:
-    from fedfactory_ray.classification.evaluation import Difference, Evaluation
+    from fedfactory_ray.classification.evaluation import Difference, Judged
+
+
+NOTE = "95 % intervals: test sampling only, one fit each. The announced prior: class shares that clients declare."
+"""What the figures of one seed are."""
 
 
 @dataclass(frozen=True)
 class Report:
     """What a finished run tells: seconds a phase, images and bytes, and an evaluation for each classifier.
 
-    `main` is the evaluation that the job is about. With experts: each alone, by client; the accuracy of their product
-    less that of each classifier; and why an expert is missing, by client.
+    `main` is the evaluation that the job is about. With experts: each alone, by client, and why an expert is missing.
+    `differences` tell what the product and Architecture I's classifier gain on each other classifier.
     """
 
     name: str
@@ -33,9 +39,9 @@ class Report:
     synthetic_images: int
     seconds: dict[str, float]
     main: str
-    evaluations: dict[str, Evaluation]
-    experts: dict[str, Evaluation]
-    differences: dict[str, Difference]
+    evaluations: dict[str, Judged]
+    experts: dict[str, Judged]
+    differences: dict[str, dict[str, Difference]]
     missing: dict[str, str]
 
 
@@ -55,19 +61,32 @@ def partition_table(partition: Partition, info: DataInfo, most: int = 20) -> Pla
 def report_table(report: Report) -> PlainTable:
     """The table at the end: results first, then what they cost."""
     table = PlainTable(title=f"FederatedFactory · {report.name}", title_justify="left", show_header=False)
+    table.caption = Text(NOTE, "table.caption")
     combined = f" of {len(report.experts)} experts" + (f", {len(report.missing)} MISSING" if report.missing else "")
-    for method, evaluation in report.evaluations.items():
-        table.add_row(f"accuracy, {method}{combined * (method in (PRODUCT, MIXTURE))}", str(evaluation.accuracy))
-    if report.experts:
-        lone = [evaluation.accuracy.value for evaluation in report.experts.values()]
-        mean = sum(lone) / len(lone)
-        table.add_row("  mean of lone experts", f"{mean:.4f} (from {min(lone):.4f} to {max(lone):.4f})")
-    for method, difference in report.differences.items():
-        table.add_row(f"  {PRODUCT} less {method}", difference.accuracy.signed)
-        table.add_row("    balanced accuracy", difference.balanced_accuracy.signed)
-    main = report.evaluations[report.main]
-    table.add_row(f"balanced accuracy, {report.main}", str(main.balanced_accuracy))
-    table.add_row(f"AUROC · macro F1, {report.main}", f"{main.auroc:.4f} · {main.macro_f1:.4f}")
+    names = {m: m + combined * (m in (PRODUCT, MIXTURE)) for m in report.evaluations}
+    pairs = {f"{ours} less {m}": each for ours, all_ in report.differences.items() for m, each in all_.items()}
+    lone = report.experts.values()
+    table.add_row("accuracy, announced prior")
+    for method, judged in report.evaluations.items():
+        table.add_row(f"  {names[method]}", str(judged.announced.accuracy))
+    if lone:
+        table.add_row("  lone experts, mean", _spread([judged.announced.accuracy.value for judged in lone]))
+    for pair, difference in pairs.items():
+        table.add_row(f"  {pair}", difference.accuracy.signed)
+    table.add_row("balanced accuracy, classes alike")
+    for method, judged in report.evaluations.items():
+        table.add_row(f"  {names[method]}", str(judged.alike.balanced_accuracy))
+    if lone:
+        table.add_row("  lone experts, mean", _spread([judged.alike.balanced_accuracy.value for judged in lone]))
+    for pair, difference in pairs.items():
+        table.add_row(f"  {pair}", difference.balanced_accuracy.signed)
+    table.add_row("NLL · ECE, announced prior (uncalibrated)")
+    for method, judged in report.evaluations.items():
+        found = judged.announced
+        before = f"({judged.raw_nll:.4f} · {judged.raw_ece:.4f})"
+        table.add_row(f"  {names[method]}", f"{found.nll:.4f} · {found.ece:.4f} {before}")
+    main = report.evaluations[report.main].alike
+    table.add_row(f"AUROC · macro F1, classes alike, {report.main}", f"{main.auroc:.4f} · {main.macro_f1:.4f}")
     table.add_row("majority class", f"{main.majority:.4f}", end_section=True)
     for client, why in report.missing.items():
         table.add_row(f"expert of {client} MISSING", why[:60])
@@ -79,3 +98,7 @@ def report_table(report: Report) -> PlainTable:
     for phase, seconds in report.seconds.items():
         table.add_row(f"seconds, {phase}", f"{seconds:.1f}")
     return table
+
+
+def _spread(values: list[float]) -> str:
+    return f"{sum(values) / len(values):.4f} (from {min(values):.4f} to {max(values):.4f})"

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from fedfactory_ray.classification.rules import ANNOUNCED
 from fedfactory_ray.generation.card import Modules
 from fedfactory_ray.pipeline.listeners import Listeners
 from fedfactory_ray.pipeline.report import Report
 from fedfactory_ray.pipeline.session import Session
-from fedfactory_ray.storage.layout import METHOD, PARTITION, WEIGHTS
+from fedfactory_ray.storage.layout import METHOD, PARTITION, PRODUCT, WEIGHTS
 from fedfactory_ray.tracking import plots
 from fedfactory_ray.tracking.runs import tracking_uri
 
 if TYPE_CHECKING:
-    from torch import nn
-
     from fedfactory_ray.classification.card import Classifier
     from fedfactory_ray.classification.prediction import TestResult
     from fedfactory_ray.federation.experts import Experts
@@ -105,41 +105,43 @@ def log_clients(session: Session, listeners: Listeners, results: Results) -> Non
 
 
 def log_evaluation(session: Session, result: TestResult) -> None:
-    """Figures and confusion matrices of all classifiers, figures of every lone expert, differences to the product."""
+    """Figures and confusion matrices of all classifiers, figures of every lone expert, differences."""
     evaluation_run = session.run.child("evaluation")
-    for method, evaluation in result.evaluations.items():
-        evaluation_run.metrics({f"{method}/{k}": v for k, v in evaluation.scalars().items()})
-        title = f"{method}: accuracy {evaluation.accuracy.value:.3f}"
-        picture = plots.confusion_plot(evaluation.confusion, session.info.class_names, title)
+    for method, judged in result.evaluations.items():
+        evaluation_run.metrics({f"{method}/{k}": v for k, v in judged.scalars().items()})
+        title = f"{method}, announced prior: accuracy {judged.announced.accuracy.value:.3f}"
+        picture = plots.confusion_plot(judged.announced.confusion, session.info.class_names, title)
         evaluation_run.figure(picture, f"confusion-{method}.png")
-    for client, evaluation in result.experts.items():
-        evaluation_run.metrics({f"expert/{client}/{k}": v for k, v in evaluation.scalars().items()})
+    for client, judged in result.experts.items():
+        evaluation_run.metrics({f"expert/{client}/{k}": v for k, v in judged.scalars().items()})
     if result.experts:
-        lone = [evaluation.accuracy.value for evaluation in result.experts.values()]
-        evaluation_run.metrics({"experts": len(lone), "expert_mean/accuracy": float(np.mean(lone))})
-    for method, difference in result.differences.items():
-        evaluation_run.metrics({f"product_less_{method}/{k}": v for k, v in difference.scalars().items()})
+        lone = [judged.announced.accuracy.value for judged in result.experts.values()]
+        evaluation_run.metrics({"experts": len(lone), f"expert_mean/{ANNOUNCED}/accuracy": float(np.mean(lone))})
+    for ours, gained in result.differences.items():
+        for method, difference in gained.items():
+            evaluation_run.metrics({f"{ours}_less_{method}/{k}": v for k, v in difference.scalars().items()})
     evaluation_run.end()
 
 
 def log_models(session: Session, results: Results) -> dict[str, str]:
     """The classifier of Architecture I and the product of Architecture II, each as one model; returns their URIs."""
-    from fedfactory_ray.classification.ensemble import Ensemble, Predictor
+    from fedfactory_ray.classification.ensemble import Predictor
     from fedfactory_ray.classification.prediction import load_network
 
-    run, experts, names, models = session.run, results.experts, session.info.class_names, {}
-    examples = np.concatenate(list(results.tested.examples.values()))
+    run, experts, names, tested = session.run, results.experts, session.info.class_names, results.tested
+    examples, models = np.concatenate(list(tested.examples.values())), {}
 
-    def load(folder: str) -> nn.Module:
-        return load_network(session.config, session.info.task, session.storage, folder)
+    def log(name: str, method: str, folders: list[str], made_of: Mapping[str, object]) -> None:
+        networks = [load_network(session.config, session.info.task, session.storage, folder) for folder in folders]
+        temperature = tested.evaluations[method].temperature
+        told = {**made_of, "temperature": temperature, "prior": tested.prior.tolist()}
+        models[name] = run.model(name, Predictor(networks, temperature), examples, names, tested.prior, told)
 
     if METHOD in results.classifiers:
         classifier = results.classifiers[METHOD]
-        predictor = Predictor(load(classifier.folder))
-        models["classifier"] = run.model("classifier", predictor, examples, names, {"sha256": classifier.sha256})
+        log("classifier", METHOD, [classifier.folder], {"sha256": classifier.sha256})
     if experts:
-        ensemble = Ensemble(load(expert.folder) for expert in experts.fitted.values())
         digests = {client: expert.sha256 for client, expert in experts.fitted.items()}
         made_of = {"experts": digests, "missing": experts.missing}
-        models["ensemble"] = run.model("ensemble", ensemble, examples, names, made_of)
+        log("ensemble", PRODUCT, list(experts.folders.values()), made_of)
     return models

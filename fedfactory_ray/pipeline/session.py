@@ -34,7 +34,7 @@ from fedfactory_ray.storage.artefact import fingerprint
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import CONFIG, FORGETTING, FORGOTTEN, INDICES, PARTITION, SECONDS, SETTINGS
 from fedfactory_ray.storage.lease import hold, refuse_held
-from fedfactory_ray.synthesis.plan import check_validation
+from fedfactory_ray.synthesis.plan import check_fraction, check_validation
 from fedfactory_ray.tracking import runs as tracking
 from fedfactory_ray.tracking.progress import log_lines
 
@@ -106,6 +106,7 @@ def open_session(
         refuse_held(storage)
     refuse_gone()
     with log_lines(console), ThreadPoolExecutor(1) as background, ExitStack() as ending:
+        check_fraction(config)
         found = survey_here(config)
         # MLflow's import takes seconds; it gets a run when nothing is left that could be refused.
         store = background.submit(tracking.tracking_client, config)

@@ -27,7 +27,7 @@ from fedfactory_ray.storage.layout import SETTINGS
 
 LARGEST_FILE, DEEPEST, MOST_VALUES = 2**20, 10, 10_000
 """Bytes of a YAML file, its sections inside one another, and its sections and lists of one depth, at most."""
-LOG_WIDTH = 140
+LOG_WIDTH = 160
 """Columns of a log, unless $COLUMNS tells; rich would fold tables to 80."""
 
 

@@ -195,7 +195,7 @@ class ClassifierConfig(Section):
     noise: float = Field(0.0, ge=0, le=1)
     """Largest random deviation of added noise (images lie in [-1, 1])."""
     validation_fraction: float = Field(0.1, gt=0, le=0.5)
-    """Share of the synthetic images held back to choose the epoch."""
+    """Share of the synthetic images held back to choose the epoch and to calibrate: one in a whole number."""
     precision: Precision = "auto"
     """Arithmetic of training; auto: bf16 where the hardware has it, else fp32."""
 
@@ -212,7 +212,7 @@ class FederatedConfig(Section):
     smoothing, batch size), the server averages."""
 
     rounds: int = Field(100, ge=1)
-    """Most rounds; the best one by the clients' validation images is kept."""
+    """Most rounds; the best one by balanced accuracy on the clients' validation images is kept."""
     patience: int = Field(30, ge=1)
     """Stop after this many rounds without a better one."""
     local_epochs: int = Field(5, ge=1)

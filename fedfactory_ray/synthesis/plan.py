@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.generation.noise import attempts
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.artefact import fingerprint
@@ -31,12 +32,24 @@ class Unit:
         """Name of the unit's Parquet file in a run's storage."""
         return unit_file(self.client, self.label, self.index)
 
+    def attempts(self, config: Config) -> dict[int, int]:
+        """The images whose first noise an earlier image of the module has, see `generation.noise`."""
+        seeds = [unit_seed(config.seed, self.client, self.label, index) for index in range(self.index + 1)]
+        return attempts(seeds, config.synthesis.unit_size)
+
     def fingerprint(self, config: Config, card: ModuleCard) -> str:
         """What determines its images: the module, of that card, how it is drawn from, noise and number. What `auto`
         comes to is told by the module: it was trained in that arithmetic."""
         precision = card.precision if config.generator.precision == "auto" else config.generator.precision
         drawing = [config.sampler.determining(), config.synthesis.batch_size, precision]
+        # Of no image, but for one in a million; earlier versions drew such an image twice.
+        drawing += [sorted(again.items())] if (again := self.attempts(config)) else []
         return fingerprint("unit", asdict(self), drawing, config.resources.synthesis.threads)
+
+
+def unit_seed(seed: int, client: str, label: int, index: int) -> int:
+    """The seed of a unit in a run of this seed."""
+    return derive_seed(seed, "synthesis", client, label, index)
 
 
 def quotas(counts: dict[str, int], total: int) -> dict[str, int]:
@@ -54,6 +67,21 @@ def quotas(counts: dict[str, int], total: int) -> dict[str, int]:
         shares[client] += 1
         heapq.heapreplace(queue, (-counts[client] / (2 * shares[client] + 1), client))
     return shares
+
+
+def check_fraction(config: Config) -> None:
+    """Raise ConfigError for a share of images that validate which is not kept: every so-many-th image does. Like
+    `check_validation`, it lets runs that are made by forgetting pass."""
+    fraction = config.classifier.validation_fraction
+    period = round(1 / fraction)
+    if abs(period * fraction - 1) > 0.02 and not config.partition.exclude:
+        kept = [f"{1 / every:.4g}" for every in sorted({max(2, int(1 / fraction)), int(1 / fraction) + 1})]
+        raise ConfigError(
+            [
+                f"classifier.validation_fraction={fraction:g}: every so-many-th image validates, so it would act as "
+                f"{1 / period:.4g}; needed {' or '.join(kept)}, or another 1/n"
+            ]
+        )
 
 
 def check_validation(config: Config, partition: Partition) -> None:
@@ -95,6 +123,6 @@ def make_units(cards: Iterable[ModuleCard], images_per_class: int, unit_size: in
         for client, quota in sorted(shares.items()):
             for index, start in enumerate(range(0, quota, unit_size)):
                 n = min(unit_size, quota - start)
-                unit_seed = derive_seed(seed, "synthesis", client, label, index)
-                units.append(Unit(client, label, index, n, unit_seed, holders[client].sha256))
+                own = unit_seed(seed, client, label, index)
+                units.append(Unit(client, label, index, n, own, holders[client].sha256))
     return units

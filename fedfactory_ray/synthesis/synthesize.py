@@ -85,7 +85,7 @@ class Synthesizer:
         key = (unit.client, unit.label)
         with failures_refused(f"drawing from the module of client {unit.client!r}, class {unit.label}", REMEDY):
             try:
-                images = self.drawing(key).draw(unit.n, unit.seed)
+                images = self.drawing(key).draw(unit.n, unit.seed, unit.attempts(self.config))
             except FloatingPointError as error:
                 raise ModuleRefusedError(*key, str(error)) from error
         if self.config.modules is not None and images.min() == images.max():

@@ -6,6 +6,8 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
+from fedfactory_ray.classification.rules import ANNOUNCED
+
 matplotlib.rcParams["text.parse_math"] = False
 """Names that people gave are no mathematics, whatever stands between two dollars."""
 GRID_COLUMNS = 8
@@ -73,15 +75,16 @@ def comparison_plot(scores: dict[str, dict[str, float]], curves: dict[str, list[
     """Left: test accuracy by method, with its interval or its deviation over seeds; right: validation accuracy by
     round of the federated methods, where there are any."""
     figure = Figure(figsize=(11 if curves else 6, 1.4 + 0.35 * len(scores)), layout="constrained")
+    name = f"{ANNOUNCED}/accuracy"
     axes = figure.subplots(1, 1 + bool(curves), squeeze=False)[0]
     for place, each in enumerate(scores.values()):
-        value, deviation = each["accuracy"], each.get("accuracy_std", 0.0)
-        low, high = each.get("accuracy_low", value - deviation), each.get("accuracy_high", value + deviation)
+        value = each[name]
+        low, high = each.get(f"{name}_low", value), each.get(f"{name}_high", value)
         axes[0].barh(place, value, color="tab:blue", alpha=0.6)
         axes[0].plot([low, high], [place, place], color="black", linewidth=1.5)
         axes[0].text(max(value, high) + 0.01, place, f"{value:.3f}", va="center", fontsize=7)
     axes[0].set_yticks(range(len(scores)), list(scores), fontsize=8)
-    axes[0].set(xlim=(0, 1.12), xlabel="test accuracy")
+    axes[0].set(xlim=(0, 1.12), xlabel="test accuracy, announced prior")
     axes[0].invert_yaxis()
     if curves:
         for method, values in curves.items():

@@ -110,13 +110,16 @@ class Run:
         predictor: nn.Module,
         example: np.ndarray,
         class_names: Sequence[str],
+        prior: np.ndarray,
         made_of: Mapping[str, Any],
     ) -> str:
         """Log a classifier with its signature, as an exported program (no pickle); returns its URI.
 
-        Load it with `mlflow.pyfunc.load_model(uri).predict(images)`: uint8 (n, H, W, C) in, probabilities out, a
-        DataFrame with a column a class by its name, on a CUDA device where there is one, else, or with
-        `model_config={"device": "cpu"}`, on the CPU. `made_of` is kept as the model's metadata.
+        `predictor` gives log-probabilities with the classes alike; `prior`, (classes,), is the announced one. Load it
+        with `mlflow.pyfunc.load_model(uri).predict(images)`: uint8 (n, H, W, C) in, probabilities out, a DataFrame with
+        a column a class by its name, on a CUDA device where there is one, else, or with `model_config={"device":
+        "cpu"}`, on the CPU. Its `params` choose the prior, see `ServedClassifier.predict`. `made_of` is kept as the
+        model's metadata.
         """
         import mlflow
         import pandas as pd
@@ -127,7 +130,9 @@ class Run:
 
         images = torch.from_numpy(example)
         with torch.inference_mode():
-            probabilities = pd.DataFrame(predictor.eval()(images).numpy(), columns=list(class_names))
+            probabilities = pd.DataFrame(predictor.eval()(images).exp().numpy(), columns=list(class_names))
+        signature = mlflow.models.infer_signature(example, probabilities)
+        signature.params = served_classifier.PARAMS
         traced = torch.cat([images, images])  # an export takes a batch of one for a constant
         program = torch.export.export(predictor, (traced,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
         with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=self.id), ExitStack() as ending:
@@ -135,14 +140,15 @@ class Run:
             ending.callback(partial(DEVICE.set, asked) if (asked := DEVICE.get()) else DEVICE.unset)
             DEVICE.set("cpu")
             file = Path(folder, "model.pt2")
-            torch.export.save(program, file, extra_files={served_classifier.NAMES: json.dumps(list(class_names))})
+            beside = {served_classifier.NAMES: list(class_names), served_classifier.PRIOR: prior.tolist()}
+            torch.export.save(program, file, extra_files={name: json.dumps(value) for name, value in beside.items()})
             info = mlflow.pyfunc.log_model(
                 name=name,
                 loader_module=Path(served_classifier.__file__).stem,
                 data_path=str(file),
                 code_paths=[served_classifier.__file__],
                 model_config={"device": None},
-                signature=mlflow.models.infer_signature(example, probabilities),
+                signature=signature,
                 input_example=example,
                 metadata=dict(made_of),
                 pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", "mlflow"],

@@ -26,7 +26,7 @@ from fedfactory_ray.pipeline.survey import read_images, survey
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import BEST_CONFIG, CENTRALISED, METHOD, TRIAL, TUNE, study_name, trial_folder
-from fedfactory_ray.synthesis.plan import check_validation
+from fedfactory_ray.synthesis.plan import check_fraction, check_validation
 from fedfactory_ray.tracking.progress import Bars
 from fedfactory_ray.tracking.runs import Run
 from fedfactory_ray.tuning.drawn import make_drawn, settings_of_images, short
@@ -175,6 +175,7 @@ def make_jobs(
             info, partition, _ = survey(trial.config)
             surveys[shares] = info, read_images(trial.config, partition, info)
         info, partition = surveys[shares]
+        check_fraction(trial.config)
         if method in METHODS:
             rounds.check(trial.config, partition)
         elif not sum(info.counts["val"]):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedfactory_ray.classification.card import Classifier, Expert
+from fedfactory_ray.classification.rules import ALIKE
 from fedfactory_ray.cluster.stored import look_all
 from fedfactory_ray.errors import UnlearningError
 from fedfactory_ray.generation.card import ModuleCard, read_cards
@@ -98,9 +99,19 @@ def _facts(storage: Storage) -> Facts:
         classifier=_fitted(storage, Classifier, classifier) if layout.METHOD in evaluation else None,
         experts={client: _fitted(storage, Expert, layout.expert_folder(client)) for client in experts},
         predictions=evaluation["predictions_sha256"],
-        scores={name: scores for name, scores in evaluation.items() if "accuracy" in scores},
+        scores={name: scores for name, scores in evaluation.items() if "accuracy" in alike(scores)},
         seconds=storage.read_json(layout.SECONDS),
     )
+
+
+def alike(scores: Any) -> dict[str, float]:
+    """Of an evaluation's scores those of the rule with the classes alike, by their bare names. Earlier versions told
+    the factory's by that rule alone."""
+    if not isinstance(scores, dict):
+        return {}
+    prefix = f"{ALIKE}/"
+    found = {name.removeprefix(prefix): value for name, value in scores.items() if name.startswith(prefix)}
+    return found or scores
 
 
 def _fitted(storage: Storage, kind: type[Classifier | Expert], folder: str) -> dict[str, str]:

@@ -11,13 +11,13 @@ from fedfactory_ray.storage.layout import CERTIFICATE
 from fedfactory_ray.tracking import plots
 from fedfactory_ray.tracking.table import PlainTable
 from fedfactory_ray.unlearning.certificate import Certificate
-from fedfactory_ray.unlearning.facts import Facts
+from fedfactory_ray.unlearning.facts import Facts, alike
 
 
 def recalls(facts: Facts, method: str) -> dict[int, float]:
-    """Recall by class of an evaluation."""
+    """Recall by class of an evaluation, with the classes alike."""
     prefix = "recall_class_"
-    scores = facts.scores[method]
+    scores = alike(facts.scores[method])
     return {int(name.removeprefix(prefix)): value for name, value in scores.items() if name.startswith(prefix)}
 
 
@@ -56,9 +56,10 @@ def certificate_table(certificate: Certificate) -> PlainTable:
         table.add_row(name.replace("_", " "), f"{spent[name]:.0f}{part}")
     if certificate.absent:
         table.add_row("classes that nobody holds now", ", ".join(map(str, certificate.absent)))
+    found = [alike(facts.scores[method]) for facts in (certificate.before, certificate.after)]
     for name, value in (
-        ("accuracy", [facts.scores[method]["accuracy"] for facts in (certificate.before, certificate.after)]),
-        ("mean recall", [f.scores[method]["balanced_accuracy"] for f in (certificate.before, certificate.after)]),
+        ("accuracy, classes alike", [scores["accuracy"] for scores in found]),
+        ("mean recall", [scores["balanced_accuracy"] for scores in found]),
         (
             "mean recall, classes held",
             [held_recall(f, method, certificate.absent) for f in (certificate.before, certificate.after)],
