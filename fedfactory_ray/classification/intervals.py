@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy.special import betaincinv, stdtrit
 
 LEVEL = 0.95
 SAMPLING = "test sampling only"
@@ -33,8 +33,8 @@ class Interval:
 
 def proportion(right: int, n: int) -> Interval:
     """`right` of `n` (Clopper and Pearson 1934): covers at least as often as it says."""
-    low = stats.beta.ppf((1 - LEVEL) / 2, right, n - right + 1) if right else 0.0
-    high = stats.beta.ppf((1 + LEVEL) / 2, right + 1, n - right) if right < n else 1.0
+    low = float(betaincinv(right, n - right + 1, (1 - LEVEL) / 2)) if right else 0.0
+    high = float(betaincinv(right + 1, n - right, (1 + LEVEL) / 2)) if right < n else 1.0
     return Interval(right / n, float(low), float(high))
 
 
@@ -60,7 +60,7 @@ def _upper(hits: np.ndarray, totals: np.ndarray) -> float:
     if mean * (1 - mean) <= variance:
         return 1.0
     size = mean * (1 - mean) / variance - 1
-    return float(stats.beta.ppf((1 + LEVEL) / 2, mean * size, (1 - mean) * size))
+    return float(betaincinv(mean * size, (1 - mean) * size, (1 + LEVEL) / 2))
 
 
 def mean_difference(won: np.ndarray, lost: np.ndarray, totals: np.ndarray) -> Interval:
@@ -88,5 +88,5 @@ def over_seeds(values: Sequence[float]) -> Interval:
     """The mean of a figure over seeds, one fit each (at least two), with Student's t interval: fits and partitions
     vary, the test images do not."""
     mean, deviation = float(np.mean(values)), float(np.std(values, ddof=1))
-    half = float(stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * deviation / len(values) ** 0.5
+    half = float(stdtrit(len(values) - 1, (1 + LEVEL) / 2)) * deviation / len(values) ** 0.5
     return Interval(mean, mean - half, mean + half)
