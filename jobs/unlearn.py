@@ -87,7 +87,8 @@ def withdraw_command(options: argparse.Namespace, overrides: list[str]) -> int:
     from fedfactory_ray.unlearning.forget import withdraw
 
     request = withdraw(config)
-    told = f"withdrawn: run {request.run} keeps {', '.join(request.exclude)}; {request.successor} is no more"
+    whom = ", ".join(request.exclude)
+    told = f"withdrawn: run {request.run} keeps {whom}; what was made of {request.successor} is deleted"
     job_console().print(told, soft_wrap=True, highlight=False)
     return 0
 
