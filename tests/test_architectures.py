@@ -224,7 +224,7 @@ def test_a_missing_expert_is_named_and_the_others_are_multiplied(
     assert list(found.report.missing) == ["client-001"]
     assert list(found.report.experts) == ["client-000", "client-002"]
     assert "expert of client-001 is missing, the product is without it" in found.printed
-    assert "accuracy, product of 2 experts, 1 MISSING" in found.printed
+    assert "  product of 2 experts, 1 MISSING" in found.printed
     assert "client-000 is tried again, attempt 2 of 3: RuntimeError: frail" in found.printed
     assert "expert of client-002: goes on from epoch 1 of 4" in found.printed
     assert list(Storage(str(found.folder)).read_json("evaluation.json")["missing_experts"]) == ["client-001"]

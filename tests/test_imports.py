@@ -31,7 +31,8 @@ FLOORS = [
 """Rooms from the top floor down; a room imports from floors below its own."""
 MATHEMATICS = [
     *("generation.edm", "generation.unet", "generation.samplers", "generation.sampling", "generation.training"),
-    "generation.canary",
+    *("generation.canary", "generation.noise", "classification.intervals", "classification.calibration"),
+    *("classification.rules", "classification.sides"),
     *("classification.augment", "classification.batches", "classification.ensemble", "classification.evaluation"),
     *("classification.fitting", "classification.models", "synthesis.plan", "data.partition", "data.transforms"),
     *("baselines.interface", "baselines.fedavg", "baselines.fedprox", "baselines.feddyn", "baselines.scaffold"),

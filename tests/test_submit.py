@@ -91,7 +91,7 @@ def test_a_submitted_job_is_read_back_from_mlflow(
 
     submitted = subprocess.run(command + places, cwd=work, env=environment, capture_output=True, text=True, check=False)
     assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-    assert "accuracy, fedfactory" in submitted.stdout
+    assert "accuracy, announced prior" in submitted.stdout
     assert "succeeded" in submitted.stdout
     assert "s3://fedfactory/runs/small" in submitted.stdout
     (package,) = (session / "runtime_resources" / "working_dir_files").glob("_ray_pkg_*/")
