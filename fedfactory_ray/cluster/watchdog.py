@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import logging
 import os
 import threading
@@ -12,10 +13,10 @@ from typing import Any, Self
 
 import ray
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
-from ray.autoscaler.v2.sdk import get_cluster_resource_state
+from ray.core.generated.autoscaler_pb2 import GetClusterResourceStateReply
 from ray.exceptions import LocalRayletDiedError, RpcError
 
-from fedfactory_ray.cluster.joining import answers
+from fedfactory_ray.cluster.joining import ANSWER_SECONDS, answers
 from fedfactory_ray.errors import ClusterGoneError
 
 log = logging.getLogger(__name__)
@@ -60,15 +61,14 @@ class Watchdog:
             raise self.gone
 
     def _watch(self) -> None:
-        client = None
+        client, reply = GcsClient(address=self.address), GetClusterResourceStateReply()
         while not self._over.wait(LOOK_SECONDS):
             state = None
             if answers(self.address):
-                try:
-                    client = client or GcsClient(address=self.address)
-                    state = get_cluster_resource_state(client)
-                except (RpcError, RuntimeError):  # it went between two questions
-                    client = None
+                # What Ray's SDK for its autoscaler asks, but with an end: one that dies meanwhile would not reply.
+                with contextlib.suppress(RpcError):
+                    reply.ParseFromString(client.get_cluster_resource_state(timeout_s=ANSWER_SECONDS))
+                    state = reply.cluster_resource_state
             now = time.monotonic()
             lonely = self.lonely(state)
             if not lonely:

@@ -111,7 +111,6 @@ def open_session(
         # MLflow's import takes seconds; it gets a run when nothing is left that could be refused.
         store = background.submit(tracking.tracking_client, config)
         connect()
-        ending.callback(release)
         logged: Future[tracking.Run] | None = None
 
         def last_words(refusal: FedFactoryError) -> None:
@@ -120,6 +119,7 @@ def open_session(
             print_refusal(refusal)
 
         watchdog = ending.enter_context(Watchdog(last_words))
+        ending.callback(lambda: None if watchdog.gone else release())
         ending.enter_context(refusals())
         info, partition, cards = found or survey(config)
         try_files(config)
