@@ -126,12 +126,12 @@ def test_four_nodes_share_the_work_and_whatever_dies_costs_no_row(
         end(job, signal.SIGINT, 130)
         # The driver between two checkpoints of the fit.
         job = start(tmp_path, stripes, resources=SPREAD)
-        wait_for(lambda: list(run.glob("train-fedfactory-*/checkpoint_*/fit.json")), job)
+        wait_for(lambda: list(run.glob("classifier/fedfactory/checkpoints/**/fit.json")), job)
         before = {path: path.stat().st_mtime_ns for path in run.glob("modules/*/*/model.safetensors")}
         end(job, signal.SIGKILL, -9)
         # The trainer's worker.
         job = start(tmp_path, stripes, resources=SPREAD)
-        wait_for(lambda: workers("RayTrainWorker"), job)[0].kill()
+        wait_for(lambda: workers("fit_classifier"), job)[0].kill()
         made = finish(job, tmp_path)
     # What stood when the driver died for the last time was not made again.
     assert len(before) == 5
