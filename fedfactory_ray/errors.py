@@ -124,6 +124,16 @@ class StorageError(FedFactoryError):
         super().__init__(f"Storage refused: {uri}\n  found:  {found}\n  needed: {needed}")
 
 
+class TrackingError(FedFactoryError):
+    """Nothing can be logged at an address."""
+
+    def __init__(self, uri: str, found: str) -> None:
+        super().__init__(
+            f"MLflow refused: {uri}\n  found:  {found}\n"
+            "  needed: a server that answers, or a sqlite file that can be written (--tracking.uri sqlite:///mlflow.db)"
+        )
+
+
 class RunConflictError(FedFactoryError):
     """A folder holds a run, or modules, of another configuration; `another` option would name another folder."""
 

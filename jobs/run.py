@@ -12,6 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of this job."""
     help = "repeat with N seeds, from --seed on, and tell intervals over them"
     parser.add_argument("--seeds", type=int, default=1, metavar="N", help=help)
+    help = "tell what the run would make and about how long it would take, by a probe of some seconds, and stop"
+    parser.add_argument("--plan", action="store_true", help=help)
 
 
 def main() -> None:
@@ -26,6 +28,11 @@ def main() -> None:
     from fedfactory_ray.pipeline.seeds import run_seeds
 
     console = job_console()
+    if chosen.plan:
+        from fedfactory_ray.pipeline.forecast import forecast
+
+        console.print(forecast(config, console))
+        return
     if chosen.seeds != 1:
         console.print(run_seeds(config, chosen.seeds, console))
         return

@@ -113,17 +113,17 @@ def test_four_nodes_share_the_work_and_whatever_dies_costs_no_row(
         job = start(tmp_path, stripes, resources=SPREAD)
         wait_for(lambda: list(run.glob("modules/*/*/checkpoints/*/*/card.json")), job)
         end(job, signal.SIGKILL, -9)
-        # A client's actor, then a whole node; Ctrl-C between synthetic files.
+        # A client's actor, then a whole node.
         job = start(tmp_path, stripes, resources=SPREAD)
         wait_for(lambda: on_several_nodes("ClientActor"), job)
         wait_for(lambda: workers("ClientActor.train"), job)[0].kill()
         wait_for(lambda: list(run.glob("modules/*/*/card.json")), job)
         cluster.remove_node(wait_for(lambda: node_of(cluster, "ClientActor"), job), allow_graceful=False)
-        # A synthesis actor; then Ctrl-C between synthetic files.
+        # A synthesis actor; then the end that schedulers bring, between synthetic files.
         wait_for(lambda: on_several_nodes("MapWorker"), job)
         workers("MapWorker")[0].kill()
         wait_for(lambda: drawn() > 2, job)
-        end(job, signal.SIGINT, 130)
+        end(job, signal.SIGTERM, 130)
         # The driver between two checkpoints of the fit.
         job = start(tmp_path, stripes, resources=SPREAD)
         wait_for(lambda: list(run.glob("classifier/fedfactory/checkpoints/**/fit.json")), job)

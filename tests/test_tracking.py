@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -12,15 +15,20 @@ import mlflow
 import numpy as np
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
+from small_runs import LONGEST, ROOT
 from torch import nn
 
 from fedfactory_ray.classification.ensemble import Predictor
 from fedfactory_ray.classification.models import make_classifier
 from fedfactory_ray.data.source import Task
+from fedfactory_ray.errors import TrackingError
 from fedfactory_ray.federation.client import Progress
 from fedfactory_ray.settings.command_line import make_config
+from fedfactory_ray.settings.config import Config
 from fedfactory_ray.tracking import runs as tracking
-from fedfactory_ray.tracking.runs import ClientRun, Run, start_run, tracking_uri
+from fedfactory_ray.tracking.curves import ClientRun
+from fedfactory_ray.tracking.runs import Run, start_run, tracking_client, tracking_uri
 from fedfactory_ray.tracking.served_classifier import BATCH_SIZE, _load_pyfunc
 
 TASK = Task(3, 1, 8)
@@ -145,10 +153,10 @@ def test_curves_that_grow_wait_and_are_whole_at_the_end(tmp_path: Path, monkeypa
     run.grow([("loss", 3, 0.125)])
     broken = Broken(run.client.log_batch)
     monkeypatch.setattr(run.client, "log_batch", broken)
-    with pytest.raises(OSError, match="no network"):
-        run.end("FAILED")
-    assert client.get_run(run.id).info.status == "FAILED"
+    run.end("FAILED")
+    assert client.get_run(run.id).info.status == "FAILED", "the end is told though the server failed just now"
     broken.mended = True
+    run.patience.silent_until = 0.0
     run.flush()
     assert logged() == [(1, 0.5), (2, 0.25), (3, 0.125)]
 
@@ -181,3 +189,103 @@ def test_a_home_in_a_sqlite_address_is_the_users(monkeypatch: pytest.MonkeyPatch
         assert tracking_uri(make_config(overrides=["--tracking.uri", typed])) == meant
         monkeypatch.setenv("MLFLOW_TRACKING_URI", typed)
         assert tracking_uri(make_config()) == meant
+
+
+# A store that fails
+
+
+class Away:
+    """A client of a store that is away, or is not."""
+
+    def __init__(self) -> None:
+        self.away = True
+        self.points: list[tuple[str, int, float]] = []
+
+    def log_batch(self, run_id: str, metrics: Any = (), params: Any = ()) -> None:
+        if self.away:
+            raise MlflowException("the store is away\nand a traceback")
+        self.points += [(metric.key, metric.step, metric.value) for metric in metrics]
+
+    def set_terminated(self, run_id: str, status: str) -> None:
+        if self.away:
+            raise ConnectionError("refused")
+
+    def create_run(self, *_: Any, **__: Any) -> Any:
+        raise MlflowException("the store is away")
+
+
+def test_a_store_that_fails_costs_no_run_is_told_once_and_gets_later_what_waited(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock = [1000.0]
+    monkeypatch.setattr("fedfactory_ray.tracking.patience.time.monotonic", lambda: clock[0])
+    client = Away()
+    run = Run(client, "0", "id")
+    with caplog.at_level(logging.INFO, "fedfactory_ray"):
+        run.grow([("loss", 1, 0.5)])
+        run.flush()
+        child = run.child("client-000")
+        child.metrics({"images": 3})
+        run.params({"seed": 1})
+        assert caplog.messages == ["MLflow takes nothing (the store is away): the run goes on without it"]
+        client.away = False
+        run.flush()
+        assert client.points == [], "nobody asks a store that failed again at once"
+        clock[0] += 61
+        run.flush()
+        assert client.points == [("loss", 1, 0.5)]
+        run.end()
+    assert len(caplog.messages) == 2
+    assert "MLflow lacks" in caplog.messages[1]
+
+
+@pytest.mark.parametrize("kind", ["dead", "scheme", "folder", "deleted", "file"])
+def test_a_store_that_cannot_be_used_is_refused_in_a_few_lines(tmp_path: Path, kind: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    uri = {
+        "dead": f"http://127.0.0.1:{port}",
+        "scheme": "nonsense://x",
+        "folder": f"sqlite:///{tmp_path}/text/c.db",
+        "deleted": f"sqlite:///{tmp_path}/store.db",
+        "file": f"sqlite:///{tmp_path}/file.db",
+    }[kind]
+    config = Config.model_validate({"tracking": {"uri": uri}})
+    (tmp_path / "text").write_text("a file, no folder")
+    if kind == "deleted":
+        client, experiment = tracking_client(config)
+        client.delete_experiment(experiment)
+    if kind == "file":
+        (tmp_path / "file.db").write_text("no database at all, but some text that is long enough" * 20)
+    with pytest.raises(TrackingError) as refused:
+        tracking_client(config)
+    assert uri in str(refused.value)
+    assert len(str(refused.value).splitlines()) == 3
+
+
+def test_two_first_starts_on_one_new_store_both_log(tmp_path: Path) -> None:
+    code = f"""from fedfactory_ray.settings.config import Config
+from fedfactory_ray.tracking.runs import start_run
+config = Config.model_validate({{"tracking": {{"uri": "sqlite:///{tmp_path}/store.db"}}}})
+print(start_run(config, "a", "folder").id)"""
+    starts = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    told = [start.communicate(timeout=LONGEST) for start in starts]
+    assert [start.returncode for start in starts] == [0, 0], told
+    assert len({out.strip() for out, _ in told}) == 2
+
+
+def test_what_a_killed_start_left_running_is_ended_by_the_next(tmp_path: Path) -> None:
+    config = Config.model_validate({"tracking": {"uri": f"sqlite:///{tmp_path}/store.db"}})
+    killed = start_run(config, "a", "folder")
+    child, other = killed.child("client-000"), start_run(config, "b", "another folder")
+    done = start_run(config, "a", "folder")
+    done.end()
+    start_run(config, "a", "folder")
+    client, _ = tracking_client(config)
+    status = {run.id: client.get_run(run.id).info.status for run in (killed, child, other, done)}
+    assert [status[run.id] for run in (killed, child, other, done)] == ["KILLED", "KILLED", "RUNNING", "FINISHED"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +32,8 @@ MODULES_AT_ONCE = 8
 def connect(num_cpus: int | None = None) -> None:
     """Join the running cluster (a submitted job, RAY_ADDRESS) or start Ray on this machine, without a flood of logs.
 
+    From then on SIGTERM (Kubernetes, `ray job stop`, a batch system) is Ctrl-C.
+
     `num_cpus` is for a Ray that is started here; by default it has the machine's. Raises ClusterGoneError.
     """
     refuse_gone()
@@ -46,6 +50,9 @@ def connect(num_cpus: int | None = None) -> None:
         # Nobody takes this machine away with notice, so no process of Ray Train has to watch for that.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         ray.init(num_cpus=num_cpus, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    if threading.current_thread() is threading.main_thread():
+        # Ray has a handler of its own, under which a job would end as if it had failed.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
     quiet()
 
 

@@ -13,8 +13,9 @@ from fedfactory_ray.federation.client import Progress, Upload
 from fedfactory_ray.storage.layout import MANIFEST
 from fedfactory_ray.synthesis.shard import Shard
 from fedfactory_ray.synthesis.synthesize import UnitDrawn
+from fedfactory_ray.tracking.curves import ClientRun, Curves, expert_run
 from fedfactory_ray.tracking.progress import Bars
-from fedfactory_ray.tracking.runs import ClientRun, Curves, Run, expert_run
+from fedfactory_ray.tracking.runs import Run
 
 if TYPE_CHECKING:
     from fedfactory_ray.baselines.card import Federated, Round

@@ -26,7 +26,7 @@ from fedfactory_ray.errors import FedFactoryError, ForgottenError, RunConflictEr
 from fedfactory_ray.federation.exchange import import_modules, set_sha256
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.pipeline.gpus import plan_gpus
-from fedfactory_ray.pipeline.survey import read_images, streams, survey, survey_here, try_files
+from fedfactory_ray.pipeline.survey import read_images, streams, survey, survey_here, try_files, warn_of_size
 from fedfactory_ray.settings.command_line import print_refusal
 from fedfactory_ray.settings.config import MOVED, Config, flatten
 from fedfactory_ray.settings.names import allowed_name
@@ -139,6 +139,7 @@ def open_session(
         else:
             partition = read_images(config, partition, info)
         plan, shared = plan_gpus(config, plan, info, partition)
+        warn_of_size(config, info, plan)
         store.result()
         logged = background.submit(tracking.start_run, config, name, storage.uri, parent)
         ending.enter_context(ended(logged, watchdog))

@@ -16,7 +16,7 @@ import ray
 
 from fedfactory_ray.cluster.absence import gather
 from fedfactory_ray.cluster.joining import cluster_to_join
-from fedfactory_ray.cluster.plan import placement, refuse_unknown_places
+from fedfactory_ray.cluster.plan import Plan, placement, refuse_unknown_places
 from fedfactory_ray.data.image_folder import ImageFolder
 from fedfactory_ray.data.partition import Partition, held_elsewhere, make_partition, own_indices, still_held
 from fedfactory_ray.data.readers import ArrayFile, is_here, open_source
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 Survey = tuple[DataInfo, Partition, list[ModuleCard]]
 DECODE_SECONDS = 60.0
 """Longest that the files which only the end of a run reads are tried."""
+PLACES = 16
+"""Pixels or patches a side on which the presets for CPUs let a network work, at most."""
 READ_AT_ONCE = 2**29
 """Bytes of images that one task reads to tell their fingerprints."""
 
@@ -180,6 +182,18 @@ def try_files(config: Config) -> None:
         untried = ray.get(_try_files.remote(config))
         if untried:
             log.warning("%s: %d val and test images were not tried, for lack of time", config.data.source, untried)
+
+
+def warn_of_size(config: Config, info: DataInfo, plan: Plan) -> None:
+    """Tell of images that make a network on CPUs work on more places than presets for CPUs let it."""
+    places = info.resolution // config.generator.patch
+    if not plan.client.num_gpus and config.modules is None and places > PLACES:
+        log.warning(
+            "images of %d pixels a side with generator.patch=%d: on CPUs a step takes about %d times as long as with "
+            "%d places a side; --plan tells how long all takes, a larger generator.patch, a smaller data.resolution or "
+            "--preset folder-cpu make it shorter",
+            info.resolution, config.generator.patch, round((places / PLACES) ** 2), PLACES,
+        )  # fmt: skip
 
 
 def check_files(source: Source, seconds: float = DECODE_SECONDS) -> int:

@@ -147,6 +147,10 @@ def _small(source: str, **changes: dict[str, Any]) -> dict[str, Any]:
     return _changed(sections, changes)
 
 
+# Of a folder of pictures: a class of a hundred gets as many steps as its network needs to be recognisable. Half an
+# hour's worth of epochs on thousands is cut off by `max_steps`.
+FOLDER_GENERATOR = SMALL_GENERATOR | {"patch": 4, "prediction": "gaussian", "min_steps": 500, "max_steps": 1000}
+
 PRESETS = {
     "digits": Preset("scikit-learn's handwritten digits, 10 silos; no download; two CPU cores", {}, verified=True),
     "retinamnist-cpu": Preset(
@@ -157,6 +161,16 @@ PRESETS = {
     ),
     "bloodmnist-cpu": Preset(
         "BloodMNIST at 28×28, 8 silos; two CPU cores, half an hour", _small("medmnist:bloodmnist"), verified=True
+    ),
+    "folder-cpu": Preset(
+        "your folder of images, at 64×64: --data.source FOLDER, or ./images; a hundred to some thousand; two CPU cores",
+        _small(
+            "images",
+            data={"resolution": 64},
+            generator=FOLDER_GENERATOR,
+            synthesis={"images_per_class": 500},
+            classifier={"flips": "horizontal"},
+        ),
     ),
     "bloodmnist-1gpu": Preset(
         "BloodMNIST at 28×28, 8 silos; one GPU of 24 GB and more, minutes",

@@ -6,14 +6,17 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from filelock import FileLock
+
+from fedfactory_ray.errors import TrackingError
 from fedfactory_ray.settings.config import Config, flatten
+from fedfactory_ray.tracking.patience import Patience, first_line, troubles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +27,16 @@ if TYPE_CHECKING:
 
 DESCRIPTION = "mlflow.note.content"
 """Tag that MLflow's pages show as a run's description."""
+MLFLOW_DEFAULTS = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    # By default a server that is away is tried for minutes, in each call.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+}
+"""Environment variables of MLflow that a person's own win over."""
+STORE_SECONDS = 120.0
+"""How long another process may take to make a new store's tables."""
 SQLITE = "sqlite:///"
 BATCH = 900  # MLflow takes 1000 metrics a call
 FLUSH_SECONDS = 5.0
@@ -38,21 +51,36 @@ def tracking_uri(config: Config) -> str:
 
 
 class Run:
-    """One MLflow run: parameters, metrics, files and children."""
+    """One MLflow run: parameters, metrics, files and children. What its server does not take is lost, see Patience;
+    one that could not be started (its `id` is empty) takes nothing."""
 
-    def __init__(self, client: Any, experiment_id: str, run_id: str) -> None:
+    def __init__(self, client: Any, experiment_id: str, run_id: str, patience: Patience | None = None) -> None:
         self.client, self.experiment_id, self.id = client, experiment_id, run_id
+        self.patience = patience or Patience()
         self.parent: Run | None = None
-        self.running_children: dict[str, Run] = {}
+        self.running_children: list[Run] = []
         self.waiting: list[tuple[str, int, float]] = []
         self.flushed = time.monotonic()
+
+    def _send(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
+        """Whether the server took a call about this run."""
+
+        def send() -> bool:
+            call(self.id, *arguments, **named)
+            return True
+
+        return bool(self.id) and self.patience.attempt(send, otherwise=False)
 
     def child(self, name: str) -> Run:
         """Start a run nested below this one."""
         tags = {"mlflow.parentRunId": self.id}
-        run = self.client.create_run(self.experiment_id, run_name=name, tags=tags)
-        child = Run(self.client, self.experiment_id, run.info.run_id)
-        self.running_children[child.id] = child
+
+        def create() -> str:
+            return str(self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id)
+
+        run_id = self.patience.attempt(create, "") if self.id else ""
+        child = Run(self.client, self.experiment_id, run_id, self.patience)
+        self.running_children.append(child)
         child.parent = self
         return child
 
@@ -62,20 +90,20 @@ class Run:
 
         entities = [Param(name, str(value)) for name, value in values.items()]
         for start in range(0, len(entities), 100):
-            self.client.log_batch(self.id, params=entities[start : start + 100])
+            self._send(self.client.log_batch, params=entities[start : start + 100])
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log one value a metric."""
         self.curves((name, step, value) for name, value in values.items())
 
-    def curves(self, points: Iterable[tuple[str, int, float]]) -> None:
-        """Log many points (metric, step, value) in few calls."""
+    def curves(self, points: Iterable[tuple[str, int, float]]) -> bool:
+        """Log many points (metric, step, value) in few calls; returns whether the server took them."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
         entities = [Metric(name, float(value), now, step) for name, step, value in points]
-        for start in range(0, len(entities), BATCH):
-            self.client.log_batch(self.id, metrics=entities[start : start + BATCH])
+        batches = [entities[start : start + BATCH] for start in range(0, len(entities), BATCH)]
+        return all([self._send(self.client.log_batch, metrics=batch) for batch in batches])
 
     def grow(self, points: Iterable[tuple[str, int, float]]) -> None:
         """Log points of curves that grow: every FLUSH_SECONDS, and when the run ends."""
@@ -84,25 +112,26 @@ class Run:
             self.flush()
 
     def flush(self) -> None:
-        """Send the points that wait."""
-        self.curves(self.waiting)
-        self.waiting, self.flushed = [], time.monotonic()
+        """Send the points that wait; those that the server does not take go on waiting."""
+        if self.curves(self.waiting):
+            self.waiting = []
+        self.flushed = time.monotonic()
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag."""
-        self.client.set_tag(self.id, name, value)
+        self._send(self.client.set_tag, name, value)
 
     def figure(self, figure: Figure, file: str) -> None:
         """Log a picture."""
-        self.client.log_figure(self.id, figure, file)
+        self._send(self.client.log_figure, figure, file)
 
     def json(self, value: Any, file: str) -> None:
         """Log a JSON document."""
-        self.client.log_dict(self.id, value, file)
+        self._send(self.client.log_dict, value, file)
 
     def text(self, text: str, file: str) -> None:
         """Log a text."""
-        self.client.log_text(self.id, text, file)
+        self._send(self.client.log_text, text, file)
 
     def model(
         self,
@@ -113,7 +142,8 @@ class Run:
         prior: np.ndarray,
         made_of: Mapping[str, Any],
     ) -> str:
-        """Log a classifier with its signature, as an exported program (no pickle); returns its URI.
+        """Log a classifier with its signature, as an exported program (no pickle); returns its URI, empty where the
+        server did not take it.
 
         `predictor` gives log-probabilities with the classes alike; `prior`, (classes,), is the announced one. Load it
         with `mlflow.pyfunc.load_model(uri).predict(images)`: uint8 (n, H, W, C) in, probabilities out, a DataFrame with
@@ -135,114 +165,45 @@ class Run:
         signature.params = served_classifier.PARAMS
         traced = torch.cat([images, images])  # an export takes a batch of one for a constant
         program = torch.export.export(predictor, (traced,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
-        with tempfile.TemporaryDirectory() as folder, mlflow.start_run(run_id=self.id), ExitStack() as ending:
+        beside = {served_classifier.NAMES: list(class_names), served_classifier.PRIOR: prior.tolist()}
+
+        def send() -> str:
+            with mlflow.start_run(run_id=self.id):
+                info = mlflow.pyfunc.log_model(
+                    name=name,
+                    loader_module=Path(served_classifier.__file__).stem,
+                    data_path=str(file),
+                    code_paths=[served_classifier.__file__],
+                    model_config={"device": None},
+                    signature=signature,
+                    input_example=example,
+                    metadata=dict(made_of),
+                    pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", "mlflow"],
+                )
+            return str(info.model_uri)
+
+        with tempfile.TemporaryDirectory() as folder, ExitStack() as ending:
             # MLflow tries the model here, and the driver was given no GPU.
             ending.callback(partial(DEVICE.set, asked) if (asked := DEVICE.get()) else DEVICE.unset)
             DEVICE.set("cpu")
             file = Path(folder, "model.pt2")
-            beside = {served_classifier.NAMES: list(class_names), served_classifier.PRIOR: prior.tolist()}
             torch.export.save(program, file, extra_files={name: json.dumps(value) for name, value in beside.items()})
-            info = mlflow.pyfunc.log_model(
-                name=name,
-                loader_module=Path(served_classifier.__file__).stem,
-                data_path=str(file),
-                code_paths=[served_classifier.__file__],
-                model_config={"device": None},
-                signature=signature,
-                input_example=example,
-                metadata=dict(made_of),
-                pip_requirements=[f"torch=={torch.__version__.partition('+')[0]}", "mlflow"],
-            )
-        return str(info.model_uri)
+            return self.patience.attempt(send, otherwise="") if self.id else ""
 
     def end(self, status: str = "FINISHED", why: str = "") -> None:
         """End the run and the children that still run: FINISHED, FAILED or KILLED; `why` becomes its description."""
-        for child in list(self.running_children.values()):
+        for child in list(self.running_children):
             child.end(status)
-        try:
-            self.flush()
-            if why:
-                self.tag(DESCRIPTION, why)
-        finally:
-            self.client.set_terminated(self.id, status)
-            if self.parent is not None:
-                del self.parent.running_children[self.id]
-
-
-class ClientRun:
-    """The MLflow run of one client: loss curves while it trains, its modules and its picture at the end."""
-
-    def __init__(self, parent: Future[Run], client: str) -> None:
-        self.parent, self.client = parent, client
-        self.early: list[tuple[str, int, float]] = []
-        self.tags: dict[str, str] = {}
-
-    @cached_property
-    def run(self) -> Run:
-        """The client's own run, once the job's has started; it takes what came before."""
-        run = self.parent.result().child(self.client)
-        run.grow(self.early)
-        self.early = []
-        return run
-
-    def progress(self, event: Any) -> None:
-        """Take a point of a loss curve (a client's `Progress`)."""
-        self._grow(f"loss_class_{event.label}", event.step, event.loss)
-
-    def upload(self, event: Any) -> None:
-        """Take the seconds of a module, and where it was trained (a client's `Upload`)."""
-        self._grow(f"seconds_class_{event.card.label}", event.card.steps, event.seconds)
-        self.tags = {"node": event.node, "gpus": ",".join(event.gpus)}
-
-    def _grow(self, *point: Any) -> None:
-        if self.parent.done():
-            self.run.grow([point])
+        self.flush()
+        if why:
+            self.tag(DESCRIPTION, why)
+        if self.parent is not None:
+            self._send(self.client.set_terminated, status)
+            self.parent.running_children.remove(self)
         else:
-            self.early.append(point)
-
-    def finish(self, cards: list[Any], grid: Figure | None) -> None:
-        """Log the client's modules and its picture, if images were drawn of them, and end its run."""
-        run = self.run
-        run.metrics(
-            {
-                "images": sum(c.n_images for c in cards),
-                "uploaded_bytes": sum(c.size for c in cards),
-                "modules": len(cards),
-            }
-        )
-        for name, value in self.tags.items():
-            run.tag(name, value)
-        run.json([vars(card) for card in cards], "modules.json")
-        if grid is not None:
-            run.figure(grid, "samples.png")
-        run.end()
-
-
-def expert_run(client: str) -> str:
-    """Name of the run of a client's expert; that of its modules has the client's own name."""
-    return f"expert-{client}"
-
-
-class Curves:
-    """The curves of one fit or method in its MLflow run. Each step is logged once, as it comes; those of an earlier
-    start afterwards. The field `step` of a record (`epoch`, `round`) numbers it, the other fields are its figures."""
-
-    def __init__(self, run: Run, step: str) -> None:
-        self.run, self.step = run, step
-        self.logged: set[int] = set()
-
-    def add(self, done: Any) -> None:
-        """Log a step's figures, unless an attempt that broke off told them already."""
-        number = getattr(done, self.step)
-        if number not in self.logged:
-            self.logged.add(number)
-            figures = {k: v for k, v in vars(done).items() if k not in (self.step, f"{self.step}s") and v is not None}
-            self.run.grow((name, number, value) for name, value in figures.items())
-
-    def rest(self, history: Iterable[Any]) -> None:
-        """Log the steps of a history that are not logged yet."""
-        for done in history:
-            self.add(done)
+            self.patience.silent_until = float("-inf")  # a job's own end is worth a try
+            self._send(self.client.set_terminated, status)
+            self.patience.conclude()
 
 
 FOLDER = "fedfactory.folder"
@@ -252,11 +213,26 @@ FOLDER = "fedfactory.folder"
 def start_run(config: Config, name: str, folder: str, parent: str | None = None) -> Run:
     """Start a job's run, tagged with its `folder`, below the run of id `parent` if there is one; log every setting."""
     client, experiment_id = tracking_client(config)
-    tags = {FOLDER: folder} | ({"mlflow.parentRunId": parent} if parent else {})
-    created = client.create_run(experiment_id, run_name=name, tags=tags)
-    run = Run(client, experiment_id, created.info.run_id)
+    tags, patience = {FOLDER: folder} | ({"mlflow.parentRunId": parent} if parent else {}), Patience()
+
+    def create() -> str:
+        close_left(client, experiment_id, folder)
+        return str(client.create_run(experiment_id, run_name=name, tags=tags).info.run_id)
+
+    run = Run(client, experiment_id, patience.attempt(create, ""), patience)
     run.params(flatten(config.model_dump(mode="json")))
     return run
+
+
+def close_left(client: MlflowClient, experiment_id: str, folder: str) -> None:
+    """End as KILLED what starts of the run in `folder` that were killed left RUNNING; call it holding the folder."""
+    for parent in runs_of(client, experiment_id, folder):
+        mine = f"tags.`mlflow.parentRunId` = '{parent}' and attributes.status = 'RUNNING'"
+        left = [run.info.run_id for run in client.search_runs([experiment_id], mine, max_results=50_000)]
+        if client.get_run(parent).info.status == "RUNNING":
+            left.append(parent)
+        for run_id in left:
+            client.set_terminated(run_id, "KILLED")
 
 
 def runs_of(client: MlflowClient, experiment_id: str, folder: str) -> list[str]:
@@ -281,15 +257,28 @@ def tracking_client(config: Config) -> tuple[MlflowClient, str]:
     """A client of the configured tracking server, and the id of the experiment.
 
     A new experiment of a sqlite store keeps its files in mlruns/ beside the store, not where the job happens to run.
+    Raises TrackingError where the server does not answer in some seconds or is none.
     """
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+    for name, value in MLFLOW_DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    uri = tracking_uri(config)
+    try:
+        return _experiment(uri, config.tracking.experiment)
+    except troubles() as error:
+        raise TrackingError(uri, first_line(error)) from error
+
+
+def _experiment(uri: str, name: str) -> tuple[MlflowClient, str]:
     import mlflow
 
-    uri, name = tracking_uri(config), config.tracking.experiment
     mlflow.set_tracking_uri(uri)
-    client = mlflow.MlflowClient()
-    if uri.startswith(SQLITE) and client.get_experiment_by_name(name) is None:
-        files = Path(uri.removeprefix(SQLITE)).absolute().parent / "mlruns" / name.lstrip("/")
-        client.create_experiment(name, artifact_location=files.as_uri())
+    if not uri.startswith(SQLITE):
+        return mlflow.MlflowClient(), mlflow.set_experiment(name).experiment_id
+    file = Path(uri.removeprefix(SQLITE)).absolute()
+    # Two first starts on one new store would both make its tables.
+    with FileLock(f"{file}.lock", timeout=STORE_SECONDS):
+        client = mlflow.MlflowClient()
+        if client.get_experiment_by_name(name) is None:
+            files = file.parent / "mlruns" / name.lstrip("/")
+            client.create_experiment(name, artifact_location=files.as_uri())
     return client, mlflow.set_experiment(name).experiment_id

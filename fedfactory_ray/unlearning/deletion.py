@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import AUDIT, CERTIFICATE, DOOR, FORGOTTEN, LEASE, SETTINGS
 from fedfactory_ray.tracking import runs as tracking
+from fedfactory_ray.tracking.curves import expert_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -37,7 +38,7 @@ def find_traces(
     """
     from mlflow.entities import ViewType
 
-    every, names = ViewType.ALL, {name for each in clients for name in (each, tracking.expert_run(each))}
+    every, names = ViewType.ALL, {name for each in clients for name in (each, expert_run(each))}
     found: dict[str, list[str]] = {"parents": [], "runs": [], "models": []}
     for folder in folders:
         found["parents"] += tracking.runs_of(client, experiment_id, folder)
