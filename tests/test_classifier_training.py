@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +65,9 @@ def test_two_workers_fit_a_held_classifier_the_same_twice_and_a_streamed_one(
 ) -> None:
     heard: list[Epoch] = []
     settings = config(2, in_memory_mb, epochs=epochs)
+    interrupt = signal.getsignal(signal.SIGINT)
     classifier = fit_here(settings, tmp_path, heard)
+    assert signal.getsignal(signal.SIGINT) is interrupt, "Ctrl-C ends a job after a fit, too"
     assert [epoch.epoch for epoch in heard] == list(range(1, epochs + 1))
     assert classifier.history == heard
     assert classifier.validation_accuracy > 0.9

@@ -267,7 +267,7 @@ def test_names_of_classes_are_drawn_as_they_are(name: str) -> None:
         plots.confusion_plot([[1, 2], [3, 4]], others, name),
         plots.partition_plot(np.ones((1, 2), int), [name], others),
         plots.recall_plot({0: 1.0}, {0: 0.5}, others),
-        plots.comparison_plot({name: {"accuracy": 0.5}}, {name: [0.1, 0.2]}),
+        plots.comparison_plot({name: {"announced/accuracy": 0.5}}, {name: [0.1, 0.2]}),
         plots.sample_grid({0: np.ones((2, 8, 8, 1), np.uint8)}, {0: np.ones((2, 8, 8, 1), np.uint8)}, others, name),
     ]
     for figure in figures:

@@ -24,6 +24,7 @@ from fedfactory_ray.federation.exchange import import_module, offered_cards
 from fedfactory_ray.generation import module
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.generation.unet import Denoiser
+from fedfactory_ray.settings.command_line import make_config
 from fedfactory_ray.settings.sections import GeneratorConfig
 from fedfactory_ray.storage.artefact import keep
 from fedfactory_ray.storage.files import Storage
@@ -254,13 +255,13 @@ def test_what_is_as_it_was_made_is_taken_and_what_is_not_finished_waits(tmp_path
 
 @pytest.mark.parametrize("drawn", [np.zeros((2, 8, 8, 1)), np.full((2, 8, 8, 1), 255), None])
 def test_a_module_that_draws_no_images_is_refused_with_its_first_unit(drawn: np.ndarray | None, tmp_path: Path) -> None:
-    def draw(n: int, seed: int) -> np.ndarray:
+    def draw(n: int, seed: int, attempts: dict[int, int]) -> np.ndarray:
         if drawn is None:
             raise FloatingPointError("images that it draws hold values that are not finite")
         return drawn.astype(np.uint8)
 
     actor = object.__new__(Synthesizer)
-    actor.config = SimpleNamespace(modules="exchange")  # type: ignore[assignment]
+    actor.config = make_config(overrides=["--modules", "exchange"])
     actor.drawing = lambda key: SimpleNamespace(draw=draw)  # type: ignore[assignment, method-assign, return-value]
     with pytest.raises(ModuleRefusedError, match=r"'north', class 0.*(every pixel|not finite)"):
         actor.draw(Unit("north", 0, 0, 2, 1, "0" * 64))

@@ -107,6 +107,9 @@ def test_a_submitted_job_tells_that_its_folder_does_not_last(
 
 
 def test_a_file_that_was_not_uploaded_is_told_why(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests of this process may be on a cluster
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(here))
     config = make_config(overrides=["--data.source", "my.npz"])
     with pytest.raises(DataMissingError, match=r"my\.npz"):
         survey_here(config)

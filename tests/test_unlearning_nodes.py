@@ -82,7 +82,7 @@ def test_four_nodes_forget_what_two_never_knew(tmp_path: Path, monkeypatch: pyte
     assert certificate["kept"]["units"] == len(certificate["after"]["manifest"]) == 7 * 2
     assert certificate["absent"] == [4, 5, 6]
     after = certificate["after"]["scores"]["fedfactory"]
-    assert [after[f"recall_class_{label}"] for label in certificate["absent"]] == [0, 0, 0]
+    assert [after[f"alike/recall_class_{label}"] for label in certificate["absent"]] == [0, 0, 0]
 
     found = read_facts(Storage(str(new))).digests()
     assert found["classifier"] != certificate["before"]["classifier"]["sha256"]

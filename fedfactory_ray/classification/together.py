@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
@@ -63,7 +64,7 @@ def fit_together(
         datasets=datasets,
         dataset_config=ray.train.DataConfig(datasets_to_split=["train"]) if datasets else None,
     )
-    with _relay(queue, listen):
+    with _relay(queue, listen), _own_interrupt():
         try:
             checkpoint = trainer.fit().checkpoint
         except ray.train.TrainingFailedError as error:
@@ -77,6 +78,17 @@ def fit_together(
             return bytes(stream.read())
 
     return read
+
+
+@contextlib.contextmanager
+def _own_interrupt() -> Iterator[None]:
+    """Give Ctrl-C back after the block: Ray Train takes it, to abort its run, and keeps it."""
+    here, handler = threading.current_thread() is threading.main_thread(), signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if here:
+            signal.signal(signal.SIGINT, handler)
 
 
 class RefusalsEnd(ray.train.UserCallback):

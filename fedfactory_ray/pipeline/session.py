@@ -88,12 +88,18 @@ class Session:
 
 @contextmanager
 def open_session(
-    config: Config, console: Console, *, forgetting: bool = False, parent: str | None = None, draws: bool = True
+    config: Config,
+    console: Console,
+    *,
+    forgetting: bool = False,
+    parent: str | None = None,
+    draws: bool = True,
+    tests: bool = True,
 ) -> Iterator[Session]:
     """Join the cluster, check data and plan, deal the partition and claim the run's folder, before any work starts.
 
     `forgetting` lets jobs/unlearn.py open what it makes; `parent` is the MLflow run to nest below; `draws` tells that
-    images will be drawn, of which some have to validate. At the end the MLflow run is marked FINISHED, FAILED or
+    images will be drawn, of which some have to validate; `tests` that test images will be read at the end. At the end the MLflow run is marked FINISHED, FAILED or
     KILLED. A worker's refusal is raised as itself. The session's config tells the class names that all agree on.
     Raises FolderHeldError where another start of the run is at work.
     """
@@ -122,7 +128,8 @@ def open_session(
         ending.callback(lambda: None if watchdog.gone else release())
         ending.enter_context(refusals())
         info, partition, cards = found or survey(config)
-        try_files(config)
+        if tests:
+            try_files(config)
         if draws:
             check_validation(config, partition)
         clients, streamed = len(partition.clients), streams(config, info, partition)

@@ -22,7 +22,7 @@ from fedfactory_ray.cluster.plan import Worker, make_plan
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.errors import ConfigError, DataInvalidError, ResourcesError
 from fedfactory_ray.pipeline.session import Session, open_session, run_name
-from fedfactory_ray.pipeline.survey import read_images, survey
+from fedfactory_ray.pipeline.survey import read_images, streams, survey
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import BEST_CONFIG, CENTRALISED, METHOD, TRIAL, TUNE, study_name, trial_folder
@@ -122,7 +122,7 @@ def run_study(
     if concurrent < 1:
         raise ConfigError([f"--concurrent: found {concurrent}, needed at least 1"])
     with open_session(
-        config.model_copy(update={"name": study_name(method, run_name(config))}), console, draws=False
+        config.model_copy(update={"name": study_name(method, run_name(config))}), console, draws=False, tests=False
     ) as session:
         worker = plan_worker(session, method, concurrent)
         storages = [session.storage.within(trial.name) for trial in made]
@@ -154,7 +154,9 @@ def plan_worker(session: Session, method: str, concurrent: int) -> Worker:
                 "a smaller --concurrent, or a smaller resources.client.num_cpus",
             )  # fmt: skip
         return replace(plan.client, slots=plan.client.slots // concurrent)
-    make_plan(resources.model_copy(update={"classifier_workers": resources.classifier_workers * concurrent}))
+    workers = resources.classifier_workers * concurrent
+    streamed = streams(session.config, session.info, session.partition)
+    make_plan(resources.model_copy(update={"classifier_workers": workers}), streams=streamed)
     return plan.classifier
 
 
