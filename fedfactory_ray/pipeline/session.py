@@ -96,12 +96,13 @@ def open_session(
     draws: bool = True,
     tests: bool = True,
 ) -> Iterator[Session]:
-    """Join the cluster, check data and plan, deal the partition and claim the run's folder, before any work starts.
+    """Check what this machine sees, join the cluster, deal the partition and claim the run's folder, before any work.
 
     `forgetting` lets jobs/unlearn.py open what it makes; `parent` is the MLflow run to nest below; `draws` tells that
-    images will be drawn, of which some have to validate; `tests` that test images will be read at the end. At the end the MLflow run is marked FINISHED, FAILED or
-    KILLED. A worker's refusal is raised as itself. The session's config tells the class names that all agree on.
-    Raises FolderHeldError where another start of the run is at work.
+    images will be drawn, of which some have to validate; `tests` that test images will be read at the end. The MLflow
+    run is marked FINISHED, FAILED or KILLED when the block ends; a refusal before the block leaves none. A worker's
+    refusal is raised as itself. The session's config tells the class names that all agree on. Raises FolderHeldError
+    where another start of the run is at work.
     """
     began = time.monotonic()
     name = run_name(config)

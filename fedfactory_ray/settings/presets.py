@@ -147,9 +147,9 @@ def _small(source: str, **changes: dict[str, Any]) -> dict[str, Any]:
     return _changed(sections, changes)
 
 
-# Of a folder of pictures: a class of a hundred gets as many steps as its network needs to be recognisable. Half an
-# hour's worth of epochs on thousands is cut off by `max_steps`.
-FOLDER_GENERATOR = SMALL_GENERATOR | {"patch": 4, "prediction": "gaussian", "min_steps": 500, "max_steps": 1000}
+# For classes of some tens of pictures, whose epochs alone would be too few steps, and of some thousand, whose would take
+# an hour.
+FOLDER_GENERATOR = SMALL_GENERATOR | {"prediction": "gaussian", "min_steps": 500, "max_steps": 1000}
 
 PRESETS = {
     "digits": Preset("scikit-learn's handwritten digits, 10 silos; no download; two CPU cores", {}, verified=True),
@@ -163,10 +163,10 @@ PRESETS = {
         "BloodMNIST at 28×28, 8 silos; two CPU cores, half an hour", _small("medmnist:bloodmnist"), verified=True
     ),
     "folder-cpu": Preset(
-        "your folder of images, at 64×64: --data.source FOLDER, or ./images; a hundred to some thousand; two CPU cores",
+        "your folder of images, at 32×32: --data.source FOLDER, or ./images; a hundred to some thousand; two CPU cores",
         _small(
             "images",
-            data={"resolution": 64},
+            data={"resolution": 32},
             generator=FOLDER_GENERATOR,
             synthesis={"images_per_class": 500},
             classifier={"flips": "horizontal"},
