@@ -147,8 +147,8 @@ def _small(source: str, **changes: dict[str, Any]) -> dict[str, Any]:
     return _changed(sections, changes)
 
 
-# For classes of some tens of pictures, whose epochs alone would be too few steps, and of some thousand, whose would take
-# an hour.
+# For classes of some tens of pictures, whose epochs alone would be too few steps, and of some thousand, whose would be
+# an hour of them.
 FOLDER_GENERATOR = SMALL_GENERATOR | {"prediction": "gaussian", "min_steps": 500, "max_steps": 1000}
 
 PRESETS = {
