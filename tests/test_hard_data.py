@@ -13,11 +13,13 @@ from opened_sources import refusal, source_at, write_folder
 from PIL import Image
 from rich.console import Console
 
+from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.data.source import inspect
 from fedfactory_ray.errors import ConfigError, DataInvalidError
 from fedfactory_ray.pipeline.export import export_modules
 from fedfactory_ray.pipeline.survey import check_files, refuse_resolution
 from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.data import DataConfig
 
 
 @pytest.mark.parametrize(("side", "mend"), [(27, 28), (63, 64), (1, 2)])
@@ -86,6 +88,24 @@ def test_further_pictures_of_a_file_are_told(tmp_path: Path) -> None:
     info, _ = inspect(source_at(tmp_path))
     assert info.counts["train"] == [4, 3]
     assert info.skipped == {"further pictures of files that hold several": 2}
+
+
+@pytest.mark.parametrize(
+    ("source", "found", "needed"),
+    [
+        ("table.csv", "a .csv file", "an .npz"),
+        ("array.npy", "a .npy file", "an .npz"),
+        ("pictures.zip", "arrays train/cat/0.png", "train_images"),
+        ("https://example.org/x.npz", "an address", "every node can read"),
+    ],
+)
+def test_what_is_no_source_is_told_what_is(tmp_path: Path, source: str, found: str, needed: str) -> None:
+    (tmp_path / "table.csv").write_text("x,y\n1,2\n")
+    np.save(tmp_path / "array.npy", np.zeros((3, 8, 8), np.uint8))
+    with zipfile.ZipFile(tmp_path / "pictures.zip", "w") as archive:
+        archive.writestr("train/cat/0.png", "x")
+    with pytest.raises(DataInvalidError, match=f"(?s){found}.*{needed}"):
+        open_source(DataConfig(source=source if "://" in source else str(tmp_path / source)))
 
 
 def test_an_enormous_image_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,8 @@ def _open(config: DataConfig) -> Source:
         return Cifar10(config)
     if config.source.startswith("medmnist:"):
         return ArrayFile(_medmnist_file(config), config.resolution, _medmnist_class_names(config))
+    if "://" in config.source:
+        raise DataInvalidError(config.source, "an address", "the path of a file or folder that every node can read")
     path = Path(config.source).expanduser()
     if not path.exists():
         raise DataMissingError(path.absolute(), None, f"data.source={config.source}")
@@ -67,6 +69,8 @@ def _open(config: DataConfig) -> Source:
         raise DataInvalidError(path.absolute(), "a pipe, socket or device", "an .npz file, or a folder of images")
     if path.is_dir():
         return ImageFolder(path, config.resolution, names, config.background)
+    if not zipfile.is_zipfile(path) and path.suffix != ".npz":
+        raise DataInvalidError(path, f"a {path.suffix or 'nameless'} file", "an .npz in MedMNIST's layout, or a folder")
     return ArrayFile(path, config.resolution, names)
 
 
