@@ -55,7 +55,7 @@ def output(job: subprocess.Popen[str]) -> str:
 
 def test_four_nodes_forget_what_two_never_knew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    monkeypatch.delenv("COLUMNS", raising=False)  # narrow tables fold what is looked for
+    monkeypatch.setenv("COLUMNS", "160")  # narrow tables fold what is looked for
     (tmp_path / "digits.yaml").write_text(yaml.safe_dump(DIGITS))
     asked = ("forget", "--run", "digits", "--client", "client-001")
     new = tmp_path / "runs" / NEW
