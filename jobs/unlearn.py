@@ -6,11 +6,13 @@ import argparse
 import getpass
 import os
 import sys
+from collections.abc import Callable
 
 from rich.text import Text
 
 from fedfactory_ray.settings.command_line import exit_status, job_console, stored_config
 
+Command = Callable[[argparse.Namespace, list[str]], int]
 OTHERS = "Other settings (--storage.uri, --tracking.uri, --resources.…) as for jobs/run.py; the rest is the run's own."
 
 
@@ -18,13 +20,16 @@ def make_parser() -> argparse.ArgumentParser:
     """The job's commands and their options."""
     parser = argparse.ArgumentParser(description="Exact unlearning, and the check of its certificates.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    forgetting = commands.add_parser(
-        "forget",
-        help="make a finished run one in which clients never took part, bit for bit, and delete the old one",
-        epilog=OTHERS,
-        allow_abbrev=False,
-    )
-    forgetting.set_defaults(command=forget_command)
+
+    def command(
+        name: str, fulfil: Callable[[argparse.Namespace, list[str]], int], help: str
+    ) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=help, epilog=OTHERS, allow_abbrev=False)
+        made.set_defaults(command=fulfil)
+        return made
+
+    help = "make a finished run one in which clients never took part, bit for bit, and delete the old one"
+    forgetting = command("forget", forget_command, help)
     forgetting.add_argument("--run", required=True, metavar="NAME", help="the finished run, a folder of --storage.uri")
     forgetting.add_argument("--client", required=True, nargs="+", metavar="CLIENT", help="whom to forget")
     forgetting.add_argument(
@@ -37,18 +42,10 @@ def make_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="go on though the run was made on other hardware or versions; the certificate then says so",
     )
-    withdrawing = commands.add_parser(
-        "withdraw",
-        help="take back a request while the old run is whole, with all that was made for it",
-        epilog=OTHERS,
-        allow_abbrev=False,
-    )
-    withdrawing.set_defaults(command=withdraw_command)
+    help = "take back a request while the old run is whole, with all that was made for it"
+    withdrawing = command("withdraw", withdraw_command, help)
     withdrawing.add_argument("--run", required=True, metavar="NAME", help="the run that had to forget")
-    checking = commands.add_parser(
-        "verify", help="check a certificate against storage and MLflow", epilog=OTHERS, allow_abbrev=False
-    )
-    checking.set_defaults(command=verify_command)
+    checking = command("verify", verify_command, "check a certificate against storage and MLflow")
     checking.add_argument("certificate", help="path or address of certificate.json in its run's folder")
     checking.add_argument(
         "--retrain", action="store_true", help="also make the run without the client from nothing, and compare digests"

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from made_modules import GENERATOR, write_module
 from ray.exceptions import RayError
 
 from fedfactory_ray.cluster.failures import find_refusal
@@ -18,24 +18,9 @@ from fedfactory_ray.errors import DataMissingError, ModuleRefusedError
 from fedfactory_ray.federation.exchange import import_modules, offered_cards
 from fedfactory_ray.generation import module
 from fedfactory_ray.generation.card import ModuleCard
-from fedfactory_ray.generation.unet import Denoiser
-from fedfactory_ray.settings.sections import GeneratorConfig
-from fedfactory_ray.storage.artefact import keep
 from fedfactory_ray.storage.files import Storage
 
 INFO = DataInfo(["a", "b"], 8, 1, {})
-GENERATOR = GeneratorConfig(channels=(8,))
-
-
-def write_module(folder: Path, client: str, label: int) -> Path:
-    torch.manual_seed(label)
-    weights = module.pack(Denoiser(GENERATOR, 1, 8), half=True)
-    settings, files = GENERATOR.model_dump(mode="json"), {"model.safetensors": module.digest(weights)}
-    card = ModuleCard(client, label, 5, 1, 8, 10, "fp32", settings, len(weights), files=files)
-    storage = Storage(str(folder))
-    storage.write(f"{card.folder}/model.safetensors", weights)
-    keep(storage, card)
-    return folder / card.folder
 
 
 @pytest.fixture

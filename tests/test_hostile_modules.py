@@ -17,34 +17,20 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from made_modules import GENERATOR, write_module
 
 from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.errors import CardError, DataMissingError, ModuleRefusedError
 from fedfactory_ray.federation.exchange import import_module, offered_cards
 from fedfactory_ray.generation import module
 from fedfactory_ray.generation.card import ModuleCard
-from fedfactory_ray.generation.unet import Denoiser
 from fedfactory_ray.settings.command_line import make_config
-from fedfactory_ray.settings.sections import GeneratorConfig
-from fedfactory_ray.storage.artefact import keep
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.plan import Unit
 from fedfactory_ray.synthesis.synthesize import Synthesizer
 
 INFO = DataInfo(["a", "b"], 8, 1, {"train": [0, 0], "val": [0, 0], "test": [30, 30]})
-GENERATOR = GeneratorConfig(channels=(8,))
 CLIENT = "north"
-
-
-def write_module(folder: Path, client: str = CLIENT, label: int = 0, **changes: Any) -> Path:
-    torch.manual_seed(label)
-    weights = module.pack(Denoiser(GENERATOR, 1, 8), half=True)
-    settings_, files = GENERATOR.model_dump(mode="json"), {"model.safetensors": module.digest(weights)}
-    card = ModuleCard(client, label, 5, 1, 8, 10, "fp32", settings_, len(weights), files=files)
-    storage = Storage(str(folder))
-    storage.write(f"{card.folder}/model.safetensors", weights)
-    keep(storage, card)
-    return folder / card.folder
 
 
 def take(exchange: Path, run: Path) -> list[ModuleCard]:
@@ -231,7 +217,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Path], Any]]] = {
 @pytest.mark.parametrize("what", HOSTILE)
 def test_it_is_refused_by_its_clients_name_and_nothing_of_it_is_kept(what: str, tmp_path: Path) -> None:
     reason, change = HOSTILE[what]
-    change(write_module(tmp_path / "exchange"))
+    change(write_module(tmp_path / "exchange", CLIENT, 0))
     write_module(tmp_path / "exchange", "south", 1)
     began = time.process_time()
     with pytest.raises(ModuleRefusedError, match=reason) as refusal:
@@ -243,7 +229,7 @@ def test_it_is_refused_by_its_clients_name_and_nothing_of_it_is_kept(what: str, 
 
 
 def test_what_is_as_it_was_made_is_taken_and_what_is_not_finished_waits(tmp_path: Path) -> None:
-    write_module(tmp_path / "exchange")
+    write_module(tmp_path / "exchange", CLIENT, 0)
     (tmp_path / "exchange/modules/north/class-001/checkpoints").mkdir(parents=True)
     (tmp_path / "exchange/modules/north/config.json").write_text("{}")
     (tmp_path / "exchange/modules/README").write_text("")

@@ -13,6 +13,7 @@ from PIL import Image
 from small_runs import SOURCES, reads_no_image
 
 from fedfactory_ray.data.readers import open_source
+from fedfactory_ray.errors import DataMissingError
 from fedfactory_ray.pipeline.survey import read_images, survey, survey_here, try_files
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.artefact import fingerprint
@@ -70,6 +71,19 @@ def test_the_driver_reads_no_image_of_any_kind_of_source(cluster: None, tmp_path
     for client, label, indices in partition:
         images = source.images("train", np.flatnonzero(labels == label)[indices] if kind == "natural" else indices)
         assert partition.images_sha256[client, label] == fingerprint(images)
+
+
+def test_a_silo_that_is_left_out_need_not_be_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have been forgotten, and its images deleted."""
+    monkeypatch.setattr("ray.is_initialized", lambda: False)  # other tests of this process may be on a cluster
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    tree = natural(tmp_path)
+    tree["partition"]["silos"][1]["source"] = str(tmp_path / "gone.npz")
+    with pytest.raises(DataMissingError, match=r"gone\.npz"):
+        survey_here(Config.model_validate(tree))
+    tree["partition"]["exclude"] = ["south"]
+    assert survey_here(Config.model_validate(tree)) is None
 
 
 def test_medmnist_is_such_a_file_and_cifar10_is_refused_by_a_worker(

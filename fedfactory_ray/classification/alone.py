@@ -32,7 +32,7 @@ def fit_alone(loop: Loop, worker: Worker, checkpoints: Checkpoints, listen: Call
         try:
             for reference in fit_classifier.options(**worker.options).remote(loop, checkpoints):
                 epoch = Epoch(**ray.get(reference))
-                if epoch.epoch != expected:
+                if epoch.epoch not in (1, expected):
                     log.info("the fit goes on from epoch %d of %d", epoch.epoch - 1, epoch.epochs)
                 expected = epoch.epoch + 1
                 listen(epoch)

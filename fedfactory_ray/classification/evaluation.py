@@ -100,6 +100,16 @@ class Judged:
     raw_nll: float
     raw_ece: float
 
+    @property
+    def accuracy(self) -> Interval:
+        """With the announced prior."""
+        return self.announced.accuracy
+
+    @property
+    def balanced_accuracy(self) -> Interval:
+        """With the classes alike."""
+        return self.alike.balanced_accuracy
+
     def scalars(self) -> dict[str, float]:
         """Flat metrics `<rule>/<name>`, and those of the calibration."""
         by_rule = {ALIKE: self.alike.scalars(), ANNOUNCED: self.announced.scalars()}

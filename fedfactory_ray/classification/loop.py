@@ -26,6 +26,11 @@ if TYPE_CHECKING:
 REMEDY = "a smaller classifier.batch_size, more resources.classifier_workers, or resources.classifier.num_gpus=1"
 
 
+def itself(network: nn.Module) -> nn.Module:
+    """The network of one worker, which has nobody to average gradients with."""
+    return network
+
+
 @dataclass(frozen=True)
 class Loop:
     """A fit of one name: its recipe, its rows (`table` reads them, where workers hold them; else Ray Train streams
@@ -48,17 +53,18 @@ class Loop:
         keep: Callable[[Epoch, dict[str, bytes]], None],
         rank: int = 0,
         world: int = 1,
-        **wrapping: Callable[[nn.Module], nn.Module],
+        wrap: Callable[[nn.Module], nn.Module] = itself,
     ) -> Iterator[Epoch]:
         """The epochs of one worker, on behind the files `kept` of a checkpoint. Every few epochs, and after the last,
-        `keep` is given a checkpoint's files, which are empty but on the first worker. Raises FedFactoryError."""
+        `keep` is given a checkpoint's files, which are empty but on the first worker; `wrap` averages the workers'
+        gradients. Raises FedFactoryError."""
         from fedfactory_ray.classification.fitting import Fit
 
         seed = derive_seed(self.config.seed, "classifier")
         with failures_refused(f"the fit of {self.name}", REMEDY):
             training, validation = self._batches(seed, rank, world)
             real = self._real_batches(rank, world) if self.judged else None
-            fit = Fit(self.config.classifier, self.task, self.steps, seed, device, rank, world, **wrapping)
+            fit = Fit(self.config.classifier, self.task, self.steps, seed, device, rank, world, wrap)
             if kept:
                 fit.load(kept)
             for epoch in fit.epochs(training, validation, real):

@@ -11,15 +11,13 @@ import ray
 from rich.console import Console
 
 from fedfactory_ray.cluster.joining import refuse_gone
-from fedfactory_ray.cluster.plan import Plan, connect, make_plan
+from fedfactory_ray.cluster.plan import Plan, connect
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import DataInfo
-from fedfactory_ray.pipeline.gpus import plan_gpus
 from fedfactory_ray.pipeline.report import partition_table
-from fedfactory_ray.pipeline.session import refusals
-from fedfactory_ray.pipeline.survey import streams, survey, survey_here, warn_of_size
+from fedfactory_ray.pipeline.session import look_over, refusals
+from fedfactory_ray.pipeline.survey import survey_here
 from fedfactory_ray.settings.config import Config
-from fedfactory_ray.synthesis.plan import check_validation
 from fedfactory_ray.tracking.progress import log_lines
 from fedfactory_ray.tracking.table import PlainTable
 
@@ -47,12 +45,7 @@ def forecast(config: Config, console: Console) -> PlainTable:
     with log_lines(console), refusals():
         found = survey_here(config)
         connect()
-        info, partition, _ = found or survey(config)
-        check_validation(config, partition)
-        clients, streamed = len(partition.clients), streams(config, info, partition)
-        plan = make_plan(config.resources, clients=clients, streams=streamed)
-        plan, _ = plan_gpus(config, plan, info, partition)
-        warn_of_size(config, info, plan)
+        (info, partition, _), plan, _ = look_over(config, found)
         console.print(partition_table(partition, info))
         largest = max(len(indices) for _, _, indices in partition)
         probe = ray.get(probe_work.options(**plan.client.options).remote(config, info, largest, plan.client.threads))

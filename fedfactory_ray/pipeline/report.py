@@ -18,6 +18,11 @@ if TYPE_CHECKING:
 
 NOTE = "95 % intervals: test sampling only, one fit each. The announced prior: class shares that clients declare."
 """What the figures of one seed are."""
+COMPARED = {
+    "accuracy": "accuracy, announced prior",
+    "balanced_accuracy": "balanced accuracy, classes alike",
+}
+"""Figures of Judged and of Difference by which classifiers are compared, and the rows' titles."""
 
 
 @dataclass(frozen=True)
@@ -65,21 +70,15 @@ def report_table(report: Report) -> PlainTable:
     combined = f" of {len(report.experts)} experts" + (f", {len(report.missing)} MISSING" if report.missing else "")
     names = {m: m + combined * (m in (PRODUCT, MIXTURE)) for m in report.evaluations}
     pairs = {f"{ours} less {m}": each for ours, all_ in report.differences.items() for m, each in all_.items()}
-    lone = report.experts.values()
-    table.add_row("accuracy, announced prior")
-    for method, judged in report.evaluations.items():
-        table.add_row(f"  {names[method]}", str(judged.announced.accuracy))
-    if lone:
-        table.add_row("  lone experts, mean", _spread([judged.announced.accuracy.value for judged in lone]))
-    for pair, difference in pairs.items():
-        table.add_row(f"  {pair}", difference.accuracy.signed)
-    table.add_row("balanced accuracy, classes alike")
-    for method, judged in report.evaluations.items():
-        table.add_row(f"  {names[method]}", str(judged.alike.balanced_accuracy))
-    if lone:
-        table.add_row("  lone experts, mean", _spread([judged.alike.balanced_accuracy.value for judged in lone]))
-    for pair, difference in pairs.items():
-        table.add_row(f"  {pair}", difference.balanced_accuracy.signed)
+    for figure, title in COMPARED.items():
+        table.add_row(title)
+        for method, judged in report.evaluations.items():
+            table.add_row(f"  {names[method]}", str(getattr(judged, figure)))
+        if report.experts:
+            lone = [getattr(judged, figure).value for judged in report.experts.values()]
+            table.add_row("  lone experts, mean", _spread(lone))
+        for pair, difference in pairs.items():
+            table.add_row(f"  {pair}", getattr(difference, figure).signed)
     table.add_row("NLL · ECE, announced prior (uncalibrated)")
     for method, judged in report.evaluations.items():
         found = judged.announced

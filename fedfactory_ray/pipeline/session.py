@@ -26,7 +26,7 @@ from fedfactory_ray.errors import FedFactoryError, ForgottenError, RunConflictEr
 from fedfactory_ray.federation.exchange import import_modules, set_sha256
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.pipeline.gpus import plan_gpus
-from fedfactory_ray.pipeline.survey import read_images, streams, survey, survey_here, try_files, warn_of_size
+from fedfactory_ray.pipeline.survey import Survey, read_images, streams, survey, survey_here, try_files, warn_of_size
 from fedfactory_ray.settings.command_line import print_refusal
 from fedfactory_ray.settings.config import MOVED, Config, flatten
 from fedfactory_ray.settings.names import allowed_name
@@ -128,13 +128,9 @@ def open_session(
         watchdog = ending.enter_context(Watchdog(last_words))
         ending.callback(lambda: None if watchdog.gone else release())
         ending.enter_context(refusals())
-        info, partition, cards = found or survey(config)
+        (info, partition, cards), plan, shared = look_over(config, found, draws=draws)
         if tests:
             try_files(config)
-        if draws:
-            check_validation(config, partition)
-        clients, streamed = len(partition.clients), streams(config, info, partition)
-        plan = make_plan(config.resources, clients=clients, streams=streamed)
         began_to_hold = ending.enter_context(hold(storage, take_over=config.take_over))
         refuse_forgotten(storage, forgetting=forgetting)  # it may have been, while this waited
         claim(config.determining() | ({"modules": set_sha256(cards)} if cards else {}), storage)
@@ -146,8 +142,6 @@ def open_session(
             import_modules(config.modules, storage, cards)
         else:
             partition = read_images(config, partition, info)
-        plan, shared = plan_gpus(config, plan, info, partition)
-        warn_of_size(config, info, plan)
         store.result()
         logged = background.submit(tracking.start_run, config, name, storage.uri, parent)
         ending.enter_context(ended(logged, watchdog))
@@ -158,6 +152,20 @@ def open_session(
         session.seconds["start"] = time.monotonic() - began
         yield session
         session.seconds["total"] = time.monotonic() - began
+
+
+def look_over(config: Config, found: Survey | None, *, draws: bool = True) -> tuple[Survey, Plan, str]:
+    """The survey, made by the cluster's nodes where none was `found` here, the plan that follows, and a line on how
+    GPUs are shared, empty where none is asked for. Raises FedFactoryError for what cannot run."""
+    surveyed = found or survey(config)
+    info, partition, _ = surveyed
+    if draws:
+        check_validation(config, partition)
+    clients, streamed = len(partition.clients), streams(config, info, partition)
+    plan = make_plan(config.resources, clients=clients, streams=streamed)
+    plan, shared = plan_gpus(config, plan, info, partition)
+    warn_of_size(config, info, plan)
+    return surveyed, plan, shared
 
 
 @contextmanager

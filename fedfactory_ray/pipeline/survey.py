@@ -25,6 +25,7 @@ from fedfactory_ray.errors import ConfigError, DataInvalidError, DataMissingErro
 from fedfactory_ray.federation.exchange import offered_cards
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.settings.config import Config
+from fedfactory_ray.settings.data import SiloConfig, is_named
 from fedfactory_ray.settings.paths import SUBMITTED
 from fedfactory_ray.storage.artefact import fingerprint
 
@@ -57,7 +58,7 @@ def survey_here(config: Config) -> Survey | None:
     info, labels = inspect(open_source(config.data), trains=not config.apart)
     refuse_resolution(config, info)
     if config.modules is None and config.partition.scheme == "natural":
-        for silo in config.partition.silos if alone else ():
+        for silo in _taking_part(config) if alone else ():
             open_source(config.with_class_names(info.class_names).data_of(silo.name))
         return None
     return _dealt(config, info, labels)
@@ -90,6 +91,11 @@ def _dealt(config: Config, info: DataInfo, labels: np.ndarray) -> Survey:
     return info, partition, [card for card in cards if card.label in partition.shares.get(card.client, {})]
 
 
+def _taking_part(config: Config) -> list[SiloConfig]:
+    """The natural silos that are not left out whole: the source of one that was forgotten may be gone."""
+    return [silo for silo in config.partition.silos if silo.name not in config.partition.exclude]
+
+
 def _natural(config: Config, info: DataInfo) -> Partition:
     """The partition that natural silos tell of."""
     excluded = config.partition.exclude
@@ -100,7 +106,7 @@ def _natural(config: Config, info: DataInfo) -> Partition:
             f"names of partition.silos: {', '.join(silo.name for silo in config.partition.silos)}",
             "another entry in partition.exclude",
         )
-    taking_part = [silo for silo in config.partition.silos if silo.name not in excluded]
+    taking_part = _taking_part(config)
     refuse_unknown_places(taking_part)
     agreed = config.with_class_names(info.class_names)
     asked = {
@@ -178,7 +184,7 @@ def streams(config: Config, info: DataInfo, partition: Partition) -> bool:
 def try_files(config: Config) -> None:
     """Have a worker decode validation and test images of people's own files, which nothing else does before everything
     is trained, for DECODE_SECONDS. Raises DataInvalidError."""
-    if "/" in config.data.source:
+    if not is_named(config.data.source):
         untried = ray.get(_try_files.remote(config))
         if untried:
             log.warning("%s: %d val and test images were not tried, for lack of time", config.data.source, untried)

@@ -14,6 +14,11 @@ from fedfactory_ray.settings.sections import Section
 NATIVE_RESOLUTION = {"digits": 8, "cifar10": 32}
 
 
+def is_named(source: str) -> bool:
+    """Whether a source is a data set's name (`digits`, `medmnist:bloodmnist`) and no path."""
+    return source in NATIVE_RESOLUTION or source.startswith("medmnist:")
+
+
 class DataConfig(Section):
     """Where the images come from."""
 

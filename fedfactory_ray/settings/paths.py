@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from fedfactory_ray.settings.config import Config, merge, nested
-from fedfactory_ray.settings.data import NATIVE_RESOLUTION
+from fedfactory_ray.settings.data import is_named
 
 SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """Environment variable that `ray job submit` sets for the job's driver."""
@@ -15,8 +15,7 @@ SUBMITTED = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 def is_relative(path: str) -> bool:
     """Whether `path` depends on the folder of the process that opens it: neither absolute, nor below a home (`~`), nor
     an address (`s3://…`), nor a data set's name (`digits`, `medmnist:bloodmnist`)."""
-    named = path in NATIVE_RESOLUTION or path.startswith("medmnist:")
-    return not (named or "://" in path or path.startswith("~") or os.path.isabs(path))
+    return not (is_named(path) or "://" in path or path.startswith("~") or os.path.isabs(path))
 
 
 def located(config: Config) -> Config:
