@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-import numpy as np
-
 from fedfactory_ray.seeds import derive_seed
 
 KEPT = 2**32
@@ -18,10 +16,33 @@ def noise_seed(seed: int, index: int, attempt: int = 0) -> int:
     return derive_seed(seed, index, *([attempt] if attempt else []))
 
 
-@lru_cache(maxsize=4096)
-def _first(seed: int, unit_size: int) -> np.ndarray:
-    """What torch keeps of the first seeds of a unit's images, uint64 (unit_size,)."""
-    return np.array([noise_seed(seed, index) % KEPT for index in range(unit_size)], np.uint64)
+class _Noises:
+    """What torch keeps of the seeds of a module's images, unit after unit."""
+
+    def __init__(self) -> None:
+        self.unit_seeds: list[int] = []
+        self.taken: set[int] = set()
+        self.attempts: list[dict[int, int]] = []
+
+    def add(self, unit_seed: int, unit_size: int) -> None:
+        """Give the images of the next unit noises that no image before has."""
+        found: dict[int, int] = {}
+        for index in range(unit_size):
+            attempt, kept = 0, noise_seed(unit_seed, index) % KEPT
+            while kept in self.taken:
+                attempt += 1
+                kept = noise_seed(unit_seed, index, attempt) % KEPT
+            self.taken.add(kept)
+            if attempt:
+                found[index] = attempt
+        self.unit_seeds.append(unit_seed)
+        self.attempts.append(found)
+
+
+@lru_cache(maxsize=64)
+def _noises(first_seed: int, unit_size: int) -> _Noises:
+    """Those of the module whose first unit has this seed; what is known of a module's units is not looked at again."""
+    return _Noises()
 
 
 def attempts(unit_seeds: Sequence[int], unit_size: int) -> dict[int, int]:
@@ -30,18 +51,9 @@ def attempts(unit_seeds: Sequence[int], unit_size: int) -> dict[int, int]:
 
     It depends on no later image, so a module's images stay when more are drawn.
     """
-    first = np.concatenate([_first(seed, unit_size) for seed in unit_seeds])
-    if len(np.unique(first)) == len(first):
-        return {}
-    taken: set[int] = set()
-    found: dict[int, int] = {}
-    for place, kept in enumerate(first.tolist()):
-        unit, index = divmod(place, unit_size)
-        attempt = 0
-        while kept in taken:
-            attempt += 1
-            kept = noise_seed(unit_seeds[unit], index, attempt) % KEPT
-        taken.add(kept)
-        if attempt and unit == len(unit_seeds) - 1:
-            found[index] = attempt
-    return found
+    known, seeds = _noises(unit_seeds[0], unit_size), list(unit_seeds)
+    if known.unit_seeds[: len(seeds)] != seeds[: len(known.unit_seeds)]:
+        known = _Noises()
+    for seed in seeds[len(known.unit_seeds) :]:
+        known.add(seed, unit_size)
+    return known.attempts[len(seeds) - 1]

@@ -12,14 +12,14 @@ from fedfactory_ray.classification.intervals import Interval, over_seeds
 from fedfactory_ray.classification.rules import ALIKE, ANNOUNCED
 from fedfactory_ray.errors import ConfigError
 from fedfactory_ray.pipeline import phases
-from fedfactory_ray.pipeline.report import Report, report_table
+from fedfactory_ray.pipeline.report import COMPARED, Report, report_table
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.tracking import runs as tracking
 from fedfactory_ray.tracking.table import PlainTable
 
 FIGURES = {
-    f"{ANNOUNCED}/accuracy": "accuracy, announced prior",
-    f"{ALIKE}/balanced_accuracy": "balanced accuracy, classes alike",
+    f"{ANNOUNCED}/accuracy": COMPARED["accuracy"],
+    f"{ALIKE}/balanced_accuracy": COMPARED["balanced_accuracy"],
     f"{ANNOUNCED}/nll": "NLL, announced prior",
     f"{ANNOUNCED}/ece": "ECE, announced prior",
 }
@@ -67,7 +67,7 @@ def figures(reports: Sequence[Report]) -> dict[str, Interval]:
         )
         for first, gained in reports[0].differences.items()
         for second in gained
-        for figure in ("accuracy", "balanced_accuracy")
+        for figure in COMPARED
     }
 
 
