@@ -90,4 +90,10 @@ def test_four_nodes_forget_what_two_never_knew(tmp_path: Path, monkeypatch: pyte
     assert "a run from nothing is equal" in table
     assert table.count("yes") == 11
     # A retrained run leaves nothing behind.
-    assert {path.name for path in tmp_path.iterdir()} == {"digits.yaml", "runs", "mlflow.db", "mlruns"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "digits.yaml",
+        "runs",
+        "mlflow.db",
+        "mlflow.db.lock",
+        "mlruns",
+    }
