@@ -119,9 +119,9 @@ def test_four_nodes_share_the_work_and_whatever_dies_costs_no_row(
         wait_for(lambda: workers("ClientActor.train"), job)[0].kill()
         wait_for(lambda: list(run.glob("modules/*/*/card.json")), job)
         cluster.remove_node(wait_for(lambda: node_of(cluster, "ClientActor"), job), allow_graceful=False)
-        # A synthesis actor; then the end that schedulers bring, between synthetic files.
-        wait_for(lambda: on_several_nodes("MapWorker"), job)
-        workers("MapWorker")[0].kill()
+        # A process that draws; then the end that schedulers bring, between synthetic files.
+        wait_for(lambda: on_several_nodes("MapBatches"), job)
+        workers("MapBatches")[0].kill()
         wait_for(lambda: drawn() > 2, job)
         end(job, signal.SIGTERM, 130)
         # The driver between two checkpoints of the fit.

@@ -1,11 +1,12 @@
-"""Synthesis on the cluster: Ray Data fans units out to actors that write a Parquet file each."""
+"""Synthesis on the cluster: Ray Data fans units out to processes that write a Parquet file each."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import ray
@@ -39,7 +40,7 @@ class UnitDrawn:
 
 
 class Synthesizer:
-    """An actor that draws units; it keeps the few modules used last, and one network for all that come after."""
+    """What draws units in a process; it keeps the few modules used last, and one network for all that come after."""
 
     def __init__(
         self, config: Config, threads: int, storage: Storage, modules: Modules, target: Storage | None = None
@@ -102,6 +103,28 @@ class Synthesizer:
         return columns | {"node": np.full(len(shards), node), "gpus": np.full(len(shards), gpus)}
 
 
+@lru_cache(maxsize=1)
+def _synthesizer(arguments: ray.ObjectRef) -> Synthesizer:
+    """This process's own, made once for all tasks of a synthesis."""
+    return Synthesizer(*ray.get(arguments))
+
+
+def draw_units(batch: dict[str, np.ndarray], arguments: ray.ObjectRef) -> dict[str, np.ndarray]:
+    """Draw the batch's units as a Synthesizer with these `arguments` does."""
+    return _synthesizer(arguments)(batch)
+
+
+def crew(worker: Worker, processes: int, attempts: int, *arguments: Any) -> dict[str, Any]:
+    """Who draws units, as arguments of `map_batches`: on GPUs actors, which hold theirs; on CPUs tasks, whose processes
+    have imported torch when the fits and the evaluation are next in need of some. Ray ends a task's process that had a
+    GPU, and would have to start one a unit."""
+    if worker.num_gpus:
+        pool = ray.data.ActorPoolStrategy(size=processes)
+        return {"fn": Synthesizer, "fn_constructor_args": arguments, "compute": pool, **worker.options}
+    given = {"fn_args": (ray.put(arguments),), "max_retries": attempts - 1}
+    return {"fn": draw_units, **given, "compute": ray.data.TaskPoolStrategy(size=processes), **worker.options}
+
+
 def synthesize(
     config: Config,
     modules: Modules,
@@ -121,12 +144,9 @@ def synthesize(
     listen(UnitDrawn(n_images, None))
     missing = [asdict(unit) for unit in units if unit.file not in shards]
     if missing:
+        processes, attempts = min(worker.slots, len(missing)), config.resources.attempts
         drawing = ray.data.from_items(missing, override_num_blocks=len(missing)).map_batches(
-            Synthesizer,
-            batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(worker.slots, len(missing))),
-            **worker.options,
-            fn_constructor_args=(config, worker.threads, storage, modules),
+            **crew(worker, processes, attempts, config, worker.threads, storage, modules), batch_size=1
         )
         for row in drawing.iter_rows():
             shard = Shard(**{field.name: row[field.name] for field in fields(Shard)})
