@@ -203,3 +203,12 @@ def test_an_alpha_so_small_that_shares_underflow_is_refused_without_a_warning() 
         matrix = make_partition(config, labels, 4, 0).matrix()
     assert (matrix >= 0).all()
     assert (matrix.sum(0) == 60).all()
+
+
+def test_the_order_of_names_is_that_of_the_clients_beyond_a_thousand() -> None:
+    labels = np.arange(4 * 1200) % 4
+    partition = make_partition(PartitionConfig(scheme="iid", clients=1200, min_size=1), labels, 4, 0)
+    assert partition.clients == sorted(partition.clients)
+    assert (partition.clients[0], partition.clients[-1]) == ("client-0000", "client-1199")
+    thousand = make_partition(PartitionConfig(scheme="iid", clients=1000, min_size=1), labels, 4, 0)
+    assert thousand.clients[-1] == "client-999"

@@ -104,3 +104,11 @@ def test_only_plain_tables_are_made() -> None:
         if isinstance(node, ast.ImportFrom) and node.module == "rich.table" and file.name != "table.py"
     ]
     assert wrong == []
+
+
+def test_many_clients_have_a_picture_of_the_same_size() -> None:
+    few, many, more = (
+        plots.partition_plot(np.eye(n, 4), [f"client-{k}" for k in range(n)], ODD[:4]) for n in (4, 101, 3000)
+    )
+    assert few.get_size_inches()[1] < many.get_size_inches()[1] == more.get_size_inches()[1]
+    more.savefig(io.BytesIO(), format="png")

@@ -131,13 +131,14 @@ def make_partition(config: PartitionConfig, labels: np.ndarray, classes: int, se
     sizes = SCHEMES[config.scheme](config, np.array([len(pool) for pool in pools]), clients, draw)
     shares: dict[str, dict[int, np.ndarray]] = {}
     starts = np.zeros(classes, dtype=np.int64)
+    digits = max(3, len(str(len(sizes) - 1)))  # so that the names' order is the clients'
     for k, row in enumerate(sizes):
         share = {
             y: np.sort(pools[y][starts[y] : starts[y] + n]).astype(np.int64) for y, n in enumerate(row.tolist()) if n
         }
         starts += row
         if share:
-            shares[f"client-{k:03d}"] = share
+            shares[f"client-{k:0{digits}d}"] = share
     return Partition(classes, shares)
 
 

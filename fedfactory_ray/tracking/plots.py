@@ -58,7 +58,15 @@ def confusion_plot(confusion: list[list[int]], class_names: list[str], title: st
 
 
 def partition_plot(matrix: np.ndarray, clients: list[str], class_names: list[str]) -> Figure:
-    """Image counts, client × class, as areas of dots."""
+    """Image counts, client × class: as areas of dots, of many clients as shades on a page of one size."""
+    if len(clients) > MOST_ROWS:
+        figure = Figure(figsize=(3.5 + 0.35 * len(class_names), 1.6 + 0.22 * MOST_ROWS), layout="constrained")
+        axis = figure.subplots()
+        shades = axis.imshow(matrix, aspect="auto", interpolation="nearest", norm="symlog", cmap="Blues")
+        figure.colorbar(shades, ax=axis)
+        axis.set_xticks(range(len(class_names)), [name[:SHORT] for name in class_names], rotation=90, fontsize=7)
+        axis.set(title="images a client and class", ylabel=f"{len(clients):,} clients, {clients[0]} to {clients[-1]}")
+        return figure
     figure = Figure(figsize=(2.5 + 0.35 * len(class_names), 1.6 + 0.22 * len(clients)), layout="constrained")
     axis = figure.subplots()
     client, label = np.nonzero(matrix)
@@ -104,3 +112,7 @@ def recall_plot(before: dict[int, float], after: dict[int, float], class_names: 
     axis.set(ylim=(0, 1.02), ylabel="recall on the test split")
     axis.legend(fontsize=8)
     return figure
+
+
+MOST_ROWS = 100
+"""Clients that a picture names, a row each."""
