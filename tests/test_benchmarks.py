@@ -6,13 +6,15 @@ import argparse
 import json
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import choices, cost, device
+from benchmarks import choices, cost, device, timeline
 from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.generation import sampling, training
 from fedfactory_ray.settings.config import Config
@@ -80,3 +82,33 @@ def test_a_benchmark_of_choices_asks_for_a_run() -> None:
     job = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert job.returncode == 2
     assert "samplers needs --run" in job.stderr
+
+
+def test_a_timeline_tells_when_a_process_starts_waits_and_works() -> None:
+    worker = timeline.Seen(began=1.0)
+    for now, title in (
+        (1.1, "default_worker.py"),
+        (3.0, "ray::IDLE"),
+        (4.0, "ray::fit_classifier"),
+        (5.0, "ray::IDLE"),
+    ):
+        worker.look(now, title, now / 2)
+    worker.look(6.0, "ray::IDLE", 2.5)
+    assert worker.spans == [(1.0, 3.0, "starts"), (3.0, 4.0, "waits"), (4.0, 5.0, "works"), (5.0, 6.0, "waits")]
+    assert (worker.name, worker.cpu) == ("fit_classifier", 2.5)
+    other = timeline.Seen(began=0.0)
+    other.look(0.5, "raylet", 0.1)
+    assert other.spans == [(0.0, 0.5, "works")]
+    assert [text.get_text() for text in timeline.picture([other, worker]).axes[0].get_yticklabels()] == [
+        "raylet (0.1 s CPU)",
+        "fit_classifier (2.5 s CPU)",
+    ]
+
+
+def test_processes_below_are_watched_until_the_job_is_done() -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)", "watched"])
+    with ThreadPoolExecutor(1) as pool:
+        found = timeline.watch(pool.submit(time.sleep, 0.5))
+    child.kill()
+    child.wait()
+    assert any(each.name.startswith("python") and each.ended > each.began for each in found)
