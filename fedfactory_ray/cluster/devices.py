@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 
@@ -35,6 +36,21 @@ def gpu(gpu_ids: list[int] | list[str]) -> tuple[int, str]:
     return torch.cuda.get_device_properties(device).total_memory, resolve_precision("auto", device)
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+"""Of glibc's malloc.h."""
+LARGEST_KEPT, KEPT = 32 * 2**20, 256 * 2**20
+"""Bytes of the largest block that glibc can be told to keep, and of what it keeps in all."""
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what is freed for the next step, instead of giving it back to the kernel and fetching it anew: up
+    to a seventh of a CPU's time in drawing. Other C libraries go on as they are."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT)
+        mallopt(M_TRIM_THRESHOLD, KEPT)
+
+
 def prepare_process(threads: int, device: torch.device) -> torch.device:
     """Fix what could vary in a process that computes on `device` with so many torch threads; returns the device.
 
@@ -43,6 +59,7 @@ def prepare_process(threads: int, device: torch.device) -> torch.device:
     takes the deterministic ones of the first two and leaves cuDNN's out (ATen/native/transformers/cuda/sdp_utils.cpp).
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    keep_freed_memory()
     torch.set_num_threads(threads)
     torch.backends.cudnn.benchmark = False
     # use_deterministic_algorithms would import the compiler: seconds
