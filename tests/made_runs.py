@@ -57,7 +57,7 @@ def fill(config: Config, storage: Storage) -> None:
     """Make all that a run's phases make."""
     partition, weights = partition_of(config), layout.WEIGHTS
     cards = []
-    for client, label, indices in partition:
+    for client, label, indices in partition.offered(config.generator.min_images):
         made = content("module", client, label)
         digest = storage.write(f"{layout.module_folder(client, label)}/{weights}", made)
         settings = config.generator.model_dump(mode="json")
@@ -111,10 +111,10 @@ def run_phases(opened: Session, *_: Any) -> SimpleNamespace:
     return SimpleNamespace(missing={})
 
 
-def make_run(folder: Path) -> None:
+def make_run(folder: Path, **changes: Any) -> None:
     """A finished run `small` of both architectures in a folder, with its MLflow store."""
     partition = {"scheme": "skew", "counts": COUNTS}
-    config = small_config(folder, folder / "none.npz", architecture="both", partition=partition)
+    config = small_config(folder, folder / "none.npz", architecture="both", partition=partition, **changes)
     with session(config, OUT) as opened:
         run_phases(opened)
         opened.run.child("client-003").end("FINISHED")

@@ -230,7 +230,7 @@ def _train_module(
         resolution=resolution,
         steps=steps,
         precision=precision,
-        generator=generator.model_dump(mode="json"),
+        generator=generator.of_module(),
         size=len(weights),
         canary=made_by,
         class_name=class_name,

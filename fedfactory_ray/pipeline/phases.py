@@ -28,7 +28,7 @@ from fedfactory_ray.pipeline.report import Report, partition_table
 from fedfactory_ray.pipeline.results import Results, log_results, make_report
 from fedfactory_ray.pipeline.session import Session, open_session
 from fedfactory_ray.settings.config import Config
-from fedfactory_ray.storage.layout import CENTRALISED, ENVIRONMENT, EVALUATION, METHOD
+from fedfactory_ray.storage.layout import CENTRALISED, ENVIRONMENT, EVALUATION, METHOD, module_folder
 from fedfactory_ray.synthesis.previews import previews
 from fedfactory_ray.synthesis.shard import Shard, manifest_digest
 from fedfactory_ray.synthesis.synthesize import synthesize
@@ -48,7 +48,7 @@ def run(config: Config, console: Console) -> Report:
     Raises FedFactoryError for what the user can mend; then nothing was trained.
     """
     with open_session(config, console) as session:
-        console.print(partition_table(session.partition, session.info))
+        console.print(partition_table(session.partition, session.info, config.generator.min_images))
         report = run_phases(session, Listeners(console, session.logged))
     return report
 
@@ -71,10 +71,13 @@ def run_phases(session: Session, listeners: Listeners) -> Report:
 
 
 def train_modules(session: Session, listeners: Listeners) -> Modules:
-    """Every client trains its modules and uploads each once; those from files are there already."""
-    config, partition = session.config, session.partition
+    """Every client trains its modules, of classes of which it holds enough images, and uploads each once; those from
+    files are there already."""
+    config, partition = session.config, session.offered
     if config.modules is not None:
         return {card.key: ModuleHandle(card) for card in session.cards}
+    for client, label, _ in session.partition.at_home(config.generator.min_images):
+        session.storage.delete_folder(module_folder(client, label))  # an earlier version's
     steps = sum(config.generator.steps(len(indices)) for _, _, indices in partition)
     with session.phase("modules"), ModulesListener(listeners, steps) as listen:
         modules = run_round(config, partition, session.plan.client, session.storage, listen)
@@ -148,11 +151,16 @@ def reference_entry(session: Session, folder: str) -> Entry:
     images that validate."""
     from fedfactory_ray.classification.prediction import Entry
 
-    return Entry(folder, announced_counts(session), real_validation_rows(session.config, session.partition))
+    return Entry(folder, held_counts(session), real_validation_rows(session.config, session.partition))
 
 
 def announced_counts(session: Session) -> np.ndarray:
-    """Images of each class, int64 (classes,), that the clients who are left declare; so do their modules' cards."""
+    """Images of each class, int64 (classes,), that the clients who are left declare: their modules' cards do."""
+    return np.asarray(session.offered.matrix().sum(0))
+
+
+def held_counts(session: Session) -> np.ndarray:
+    """Images of each class, int64 (classes,), that the clients who are left hold, those that train no module too."""
     return np.asarray(session.partition.matrix().sum(0))
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from fedfactory_ray.classification.rules import ANNOUNCED
 from fedfactory_ray.generation.card import Modules
 from fedfactory_ray.pipeline.listeners import Listeners
-from fedfactory_ray.pipeline.report import Report
+from fedfactory_ray.pipeline.report import Report, absent_classes, told_at_home
 from fedfactory_ray.pipeline.session import Session
 from fedfactory_ray.storage.layout import METHOD, PARTITION, PRODUCT, WEIGHTS
 from fedfactory_ray.tracking import plots
@@ -71,6 +71,8 @@ def make_report(session: Session, results: Results, models: dict[str, str]) -> R
         experts=tested.experts,
         differences=tested.differences,
         missing=experts.missing if experts else {},
+        at_home=told_at_home(session.partition, session.info, session.config.generator.min_images),
+        absent=absent_classes(session.partition, session.info, session.config.generator.min_images),
     )
 
 

@@ -31,7 +31,7 @@ from fedfactory_ray.unlearning.certificate import (
 )
 from fedfactory_ray.unlearning.deletion import HELD, delete_run, delete_traces, find_traces
 from fedfactory_ray.unlearning.doubts import ask_canaries, doubts_of_new, find_doubts, refuse_doubts
-from fedfactory_ray.unlearning.facts import Facts, read_facts, refuse_damaged
+from fedfactory_ray.unlearning.facts import Facts, classes_held, read_facts, refuse_damaged
 from fedfactory_ray.unlearning.report import log_certificate
 from fedfactory_ray.unlearning.request import Request, make_request
 from fedfactory_ray.unlearning.residue import deleted_content, files_to_go, left_in_new, left_in_old, refuse_residue
@@ -125,10 +125,11 @@ def _asked(
     before = read_facts(old)
     theirs = old.read_json(CONFIG)
     claim(config.determining() | {k: v for k, v in theirs.items() if k == "modules"}, old)
-    held: dict[str, list[int]] = {}
-    for card in before.cards:
-        held.setdefault(card.client, []).append(card.label)
-    return make_request(str(config.name), held, config.partition.exclude, clients, classes, successor, asked_by)
+    held, gone = classes_held(old), config.partition.exclude
+    request = make_request(str(config.name), held, gone, clients, classes, successor, asked_by)
+    if not modules_left(request, before):
+        raise UnlearningError(f"run {request.run} would have no module left", "a run of at least one other module")
+    return request
 
 
 def refuse_other(old: Storage, request: Request, note: str) -> None:
