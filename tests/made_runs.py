@@ -20,9 +20,9 @@ from rich.console import Console
 from small_runs import small_config
 
 from fedfactory_ray.classification.card import Classifier, Expert
-from fedfactory_ray.data.partition import Partition, make_partition
+from fedfactory_ray.data.partition import Partition, make_partition, partition_summary
 from fedfactory_ray.data.source import DataInfo
-from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.generation.card import ModuleCard, read_cards
 from fedfactory_ray.pipeline import phases
 from fedfactory_ray.pipeline.session import Session, claim, save_partition
 from fedfactory_ray.settings.command_line import stored_config
@@ -118,6 +118,16 @@ def make_run(folder: Path, **changes: Any) -> None:
     with session(config, OUT) as opened:
         run_phases(opened)
         opened.run.child("client-003").end("FINISHED")
+        opened.run.json(partition_summary(opened.partition), layout.PARTITION)
+        opened.run.json([vars(card) for card in read_cards(opened.storage)], "modules.json")
+        opened.run.text("a picture with everybody's name", "partition.png")
+        for name, file, content in (
+            ("synthesis", layout.MANIFEST, opened.storage.read_json(layout.MANIFEST)),
+            ("client-001", "modules.json", [{"client": "client-001"}]),
+        ):
+            child = opened.run.child(name)
+            child.json(content, file)
+            child.end("FINISHED")
 
 
 def without_ray(patch: pytest.MonkeyPatch) -> None:

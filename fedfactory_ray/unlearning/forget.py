@@ -20,6 +20,7 @@ from fedfactory_ray.storage.files import TEMPORARY, Storage
 from fedfactory_ray.storage.layout import CERTIFICATE, CONFIG, ENVIRONMENT, FORGETTING, FORGOTTEN, PENDING
 from fedfactory_ray.storage.lease import hold
 from fedfactory_ray.tracking import runs as tracking
+from fedfactory_ray.unlearning.artifacts import Needles, artifacts_with
 from fedfactory_ray.unlearning.certificate import (
     Certificate,
     audit_lines,
@@ -260,7 +261,11 @@ def _finish(config: Config, old: Storage, new: Storage, console: Console, *, all
                 old.create(FORGOTTEN, json.dumps(started["request"], indent=2, sort_keys=True).encode())
             refuse_other(old, request, FORGOTTEN)
             delete_run(old)
-            delete_traces(tracking.tracking_client(config)[0], traces)
+            client, experiment_id = tracking.tracking_client(config)
+            delete_traces(client, traces)
+            needles = Needles.of(request, before, after)
+            for artifact in artifacts_with(client, experiment_id, traces["parents"], needles):
+                artifact.delete()
         refuse_residue(left_in_old(old))
         certificate = Certificate(
             request=request,
