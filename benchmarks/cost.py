@@ -17,7 +17,7 @@ from rich.table import Table
 
 from fedfactory_ray.settings.config import Config, merge
 
-TINY = {"generator": {"min_steps": 2, "max_steps": 2}}
+TINY = {"generator": {"min_steps": 2, "max_steps": 2, "min_images": 1}}
 
 
 def with_sections(config: Config, **changes: Any) -> Config:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import io
 import logging
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import write_npz
 from made_modules import write_module
-from made_runs import OUT, config_of, make_run
+from made_runs import OUT, config_of, make_run, session
 from rich.console import Console
 from small_runs import SMALL, run_here, small_config
 
@@ -22,8 +23,10 @@ from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.errors import ConfigError, DataInvalidError, ModuleRefusedError, PartitionError, UnlearningError
 from fedfactory_ray.federation.exchange import offered_cards
 from fedfactory_ray.generation.card import module_fingerprint
+from fedfactory_ray.pipeline import phases
 from fedfactory_ray.pipeline.export import export_modules
 from fedfactory_ray.pipeline.forecast import Probe, forecast_table
+from fedfactory_ray.pipeline.listeners import Listeners
 from fedfactory_ray.pipeline.report import absent_classes, partition_table, told_at_home
 from fedfactory_ray.pipeline.survey import check_offered
 from fedfactory_ray.settings.command_line import make_config, stored_config
@@ -33,6 +36,7 @@ from fedfactory_ray.settings.sections import GeneratorConfig
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import CERTIFICATE
 from fedfactory_ray.synthesis.plan import check_validation
+from fedfactory_ray.tuning.drawn import settings_of_modules
 from fedfactory_ray.unlearning.facts import classes_held, read_facts
 from fedfactory_ray.unlearning.forget import forget
 from fedfactory_ray.unlearning.verification import verify
@@ -62,6 +66,7 @@ def test_the_setting_changes_no_module_and_at_its_default_no_run() -> None:
     low, high = GeneratorConfig(min_images=1), GeneratorConfig()
     assert module_fingerprint(low, **some) == module_fingerprint(high, **some)
     assert low.of_module() == high.of_module()
+    assert len({settings_of_modules(Config.model_validate({"generator": {"min_images": n}})) for n in (1, 20)}) == 2
     assert "min_images" not in Config().determining()["generator"]
     assert Config.model_validate({"generator": {"min_images": 3}}).determining()["generator"]["min_images"] == 3
     assert {make_config(name).generator.min_images for name in PRESETS} == {20}
@@ -159,6 +164,35 @@ def test_a_run_keeps_small_shares_at_home_and_forgets_a_client_that_has_no_other
     stored = stored_config(new, ["--storage.uri", str(tmp_path / "runs")])
     _, checks = verify(f"{tmp_path}/runs/{new}/{CERTIFICATE}", stored, OUT)
     assert [check for check in checks if check.wrong] == []
+
+
+def test_what_an_earlier_version_made_of_a_small_share_is_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_run(tmp_path)
+    storage = Storage(str(tmp_path / "runs" / "small"))
+    before = set(storage.names("modules")) | set(storage.names("synthetic"))
+    with session(config_of(tmp_path, "small"), OUT) as opened:
+        generator = opened.config.generator.model_copy(update={"min_images": 20})
+        plan: Any = SimpleNamespace(client=None)
+        smaller = opened.other(config=opened.config.model_copy(update={"generator": generator}), plan=plan)
+        asked: list[Partition] = []
+        monkeypatch.setattr(phases, "run_round", lambda config, partition, *_: asked.append(partition) or {})
+        phases.train_modules(smaller, Listeners(OUT, opened.logged))
+    assert [(client, label) for client, label, _ in asked[0]] == [
+        ("client-000", 0),
+        ("client-001", 1),
+        ("client-002", 2),
+    ]
+    gone = before - set(storage.names("modules")) - set(storage.names("synthetic"))
+    small = [("client-000", 2), ("client-002", 1), ("client-003", 0)]
+    assert gone == {
+        name
+        for name in before
+        for client, label in small
+        if name.startswith((f"modules/{client}/class-{label:03d}/", f"synthetic/class-{label:03d}/{client}-"))
+    }
+    assert len(gone) > 2 * len(small)
 
 
 def test_a_request_that_would_leave_no_module_is_refused_before_anything_is_noted(tmp_path: Path) -> None:

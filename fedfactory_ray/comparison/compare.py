@@ -222,7 +222,7 @@ def score_methods(
     """Scores by line of the table, and differences by name; the test split is read here, once."""
     with session.phase("evaluation"):
         ensembles = {ENSEMBLE: alone} if alone else {}
-        asked = phases.read_test_split(session, entries, experts, manifest, examples=1, ensembles=ensembles)
+        asked = phases.read_test_split(session, entries, experts, manifest, examples=0, ensembles=ensembles)
         result: TestResult = ray.get(asked)
     scores = {name: judged.scalars() for name, judged in result.evaluations.items()}
     if alone:

@@ -18,6 +18,7 @@ from fedfactory_ray.pipeline.gpus import modules_here
 from fedfactory_ray.pipeline.session import claim
 from fedfactory_ray.pipeline.survey import refuse_resolution
 from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.checkpoints import scratch_of
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import MODULES, module_folder
 from fedfactory_ray.storage.lease import hold
@@ -83,6 +84,7 @@ def export_modules(
     console.print(f"classes of {client} by number: {numbered}", markup=False, highlight=False, soft_wrap=True)
     done: dict[int, int] = {}
     trained = set()
+    scratch = scratch_of(storage, config.storage.scratch)
     own = storage.within(f"{MODULES}/{client}")
     with (
         hold(own, take_over=config.take_over) as began,
@@ -93,7 +95,7 @@ def export_modules(
         own.clean(began)
         for y in small:
             storage.delete_folder(module_folder(client, y))  # of an earlier version, or a smaller minimum
-        for event in train_share(config, source, client, share, where, storage, at_once):
+        for event in train_share(config, source, client, share, where, storage, at_once, scratch):
             if isinstance(event, Progress) and event.resumed:
                 log.info("%s, class %d: goes on from step %d of %d", client, event.label, event.step, event.steps)
             elif isinstance(event, Progress):
@@ -103,5 +105,6 @@ def export_modules(
             else:
                 card, _, _ = event
                 done[card.label] = card.steps
+    scratch.prune()
     done_now = f"{len(share)} modules, {len(trained)} of them trained now: {storage.uri}/{MODULES}/{client}"
     console.print(done_now, markup=False, emoji=False)
