@@ -285,6 +285,9 @@ def test_verify_hides_nothing(made: Path, forgotten: Path, tmp_path: Path, what:
     runs = tmp_path / "copy" / "runs"
     tamper(runs / "small", runs / NEW, made / "runs" / "small")
     assert check in failing(tmp_path / "copy")
+    if check == ARTIFACTS:  # earlier versions left such: the same command again takes them away
+        ask(tmp_path / "copy", "client-003")
+        assert failing(tmp_path / "copy") == []
 
 
 @pytest.mark.parametrize(

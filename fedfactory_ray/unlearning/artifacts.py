@@ -38,7 +38,7 @@ class Needles:
         digests = {
             value for kind in gone.values() for entry in kind for name, value in entry.items() if "sha256" in name
         }
-        # The partition's tells its counts; where only a class without images went, it stays.
+        # That of the partition, which stands beside its counts.
         digests |= {before.partition_sha256} - {after.partition_sha256}
         return cls(frozenset(entry for entry in request.exclude if "/" not in entry), frozenset(digests))
 
