@@ -62,6 +62,9 @@ def test_checkpoints_stay_out_of_the_folder_that_travels(
     monkeypatch.setattr(Checkpoints, "save", note)
     out, scratch = tmp_path / "out", tmp_path / "scratch"
     generator = {"min_steps": 20, "max_steps": 20}
+    earlier = out / "modules" / "north" / "class-001" / "checkpoints" / "x" / "training.safetensors"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("moments")
     export(out, stripes, generator=generator, storage={"scratch": str(scratch), "checkpoint_seconds": 1e-6})
     assert written
     assert all(uri.startswith(f"{scratch}/") for uri in written)

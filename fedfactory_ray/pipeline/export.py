@@ -20,7 +20,7 @@ from fedfactory_ray.pipeline.survey import refuse_resolution
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.checkpoints import scratch_of
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import MODULES, module_folder
+from fedfactory_ray.storage.layout import MODULES, checkpoints_folder, module_folder
 from fedfactory_ray.storage.lease import hold
 from fedfactory_ray.tracking.progress import Bars, log_lines
 
@@ -95,6 +95,8 @@ def export_modules(
         own.clean(began)
         for y in small:
             storage.delete_folder(module_folder(client, y))  # of an earlier version, or a smaller minimum
+        for y in share:
+            storage.delete_folder(checkpoints_folder(module_folder(client, y)))  # where an earlier version kept them
         for event in train_share(config, source, client, share, where, storage, at_once, scratch):
             if isinstance(event, Progress) and event.resumed:
                 log.info("%s, class %d: goes on from step %d of %d", client, event.label, event.step, event.steps)
