@@ -17,7 +17,7 @@ from rich.table import Table
 
 from fedfactory_ray.settings.config import Config, merge
 
-TINY = {"generator": {"min_steps": 2, "max_steps": 2}}
+TINY = {"generator": {"min_steps": 2, "max_steps": 2, "min_images": 1}}
 
 
 def with_sections(config: Config, **changes: Any) -> Config:
@@ -128,7 +128,7 @@ def overhead(config: Config, options: argparse.Namespace) -> Table:
     source = open_source(config.data)
     labels, (side, _, channels) = source.labels("train"), source.image_shape()
     shape, classes = (side, side, channels), len(source.class_names)
-    partition = make_partition(config.partition, labels, classes, config.seed)
+    partition = make_partition(config.partition, labels, classes, config.seed).offered(config.generator.min_images)
     unit, per_class = config.synthesis.unit_size, config.synthesis.images_per_class
     units = []
     for y in range(classes):

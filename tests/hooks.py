@@ -1,4 +1,4 @@
-"""What the tests' Ray workers do before anything else: note who opens which file, and take the CPU for a GPU.
+"""What the tests' Ray workers do before anything else: note who opens or writes what, and take the CPU for a GPU.
 
 A test names `hooks.watch` as Ray's worker_process_setup_hook and sets HOOK_LOG for the cluster's processes.
 """
@@ -32,6 +32,17 @@ def watch_sources(sources: ModuleType) -> None:
         return read(self, *arguments)
 
     sources.ArrayFile._read = watched_read  # type: ignore[attr-defined]
+
+
+def watch_files(files: ModuleType) -> None:
+    """Note every file that this process writes by a storage, wherever that is."""
+    write = files.Storage.writing
+
+    def watched_write(self: Any, name: str) -> Any:
+        note(wrote=f"{self.uri}/{name}")
+        return write(self, name)
+
+    files.Storage.writing = watched_write  # type: ignore[attr-defined]
 
 
 def watch_devices(devices: ModuleType) -> None:
@@ -69,4 +80,5 @@ class AfterImport:
 def watch() -> None:
     """Watch sources and devices in this process."""
     functions = {"fedfactory_ray.data.readers": watch_sources, "fedfactory_ray.cluster.devices": watch_devices}
+    functions["fedfactory_ray.storage.files"] = watch_files
     sys.meta_path.insert(0, AfterImport(functions))  # type: ignore[arg-type]

@@ -20,9 +20,9 @@ from rich.console import Console
 from small_runs import small_config
 
 from fedfactory_ray.classification.card import Classifier, Expert
-from fedfactory_ray.data.partition import Partition, make_partition
+from fedfactory_ray.data.partition import Partition, make_partition, partition_summary
 from fedfactory_ray.data.source import DataInfo
-from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.generation.card import ModuleCard, read_cards
 from fedfactory_ray.pipeline import phases
 from fedfactory_ray.pipeline.session import Session, claim, save_partition
 from fedfactory_ray.settings.command_line import stored_config
@@ -57,7 +57,7 @@ def fill(config: Config, storage: Storage) -> None:
     """Make all that a run's phases make."""
     partition, weights = partition_of(config), layout.WEIGHTS
     cards = []
-    for client, label, indices in partition:
+    for client, label, indices in partition.offered(config.generator.min_images):
         made = content("module", client, label)
         digest = storage.write(f"{layout.module_folder(client, label)}/{weights}", made)
         settings = config.generator.model_dump(mode="json")
@@ -111,13 +111,23 @@ def run_phases(opened: Session, *_: Any) -> SimpleNamespace:
     return SimpleNamespace(missing={})
 
 
-def make_run(folder: Path) -> None:
+def make_run(folder: Path, **changes: Any) -> None:
     """A finished run `small` of both architectures in a folder, with its MLflow store."""
     partition = {"scheme": "skew", "counts": COUNTS}
-    config = small_config(folder, folder / "none.npz", architecture="both", partition=partition)
+    config = small_config(folder, folder / "none.npz", architecture="both", partition=partition, **changes)
     with session(config, OUT) as opened:
         run_phases(opened)
         opened.run.child("client-003").end("FINISHED")
+        opened.run.json(partition_summary(opened.partition), layout.PARTITION)
+        opened.run.json([vars(card) for card in read_cards(opened.storage)], "modules.json")
+        opened.run.text("a picture with everybody's name", "partition.png")
+        for name, file, content in (
+            ("synthesis", layout.MANIFEST, opened.storage.read_json(layout.MANIFEST)),
+            ("client-001", "modules.json", [{"client": "client-001"}]),
+        ):
+            child = opened.run.child(name)
+            child.json(content, file)
+            child.end("FINISHED")
 
 
 def without_ray(patch: pytest.MonkeyPatch) -> None:

@@ -29,7 +29,10 @@ ROOT = Path(__file__).parents[1]
 SMALL: dict[str, Any] = {
     "name": "small",
     "baselines": ["none"],
-    "generator": {"channels": [8, 16], "min_steps": 40, "max_steps": 40, "batch_size": 16, "precision": "fp32"},
+    "generator": {
+        **{"channels": [8, 16], "min_steps": 40, "max_steps": 40, "batch_size": 16, "precision": "fp32"},
+        "min_images": 1,
+    },
     "sampler": {"evaluations": 6},
     "synthesis": {"images_per_class": 40, "batch_size": 8, "unit_size": 8},
     "classifier": {"epochs": 4, "batch_size": 16},

@@ -33,7 +33,7 @@ from jobs import train_client
 
 SHADES = {"circle": 40, "square": 120, "star": 200}
 """Every image of a class has its shade: the wrong class's images are seen at once."""
-TINY = {"channels": [8], "min_steps": 2, "max_steps": 2, "batch_size": 4, "precision": "fp32"}
+TINY = {"channels": [8], "min_steps": 2, "max_steps": 2, "batch_size": 4, "precision": "fp32", "min_images": 1}
 OUT = Console(file=io.StringIO())
 
 
@@ -116,7 +116,9 @@ def export(folder: Path, client: str, source: str, names: tuple[str, ...] | None
 
 
 def gathered(folder: Path, source: str, **changes: Any) -> Config:
-    return Config.model_validate({"data": {"source": source}, "modules": str(folder / "exchange")} | changes)
+    return Config.model_validate(
+        {"data": {"source": source}, "generator": TINY, "modules": str(folder / "exchange")} | changes
+    )
 
 
 def refused(cluster_survey: Callable[[], Any]) -> str:

@@ -153,3 +153,20 @@ def test_settings_that_moved_are_taken_by_their_old_names_too(tmp_path: Path) ->
     assert (config.resources.in_memory_mb, config.classifier.epochs) == (9, 2)
     # They say where a run happens, so they do not make it another run.
     assert config.determining() == make_config(overrides=["--classifier.epochs", "2"]).determining()
+
+
+def test_real_images_are_shown_only_where_one_place_holds_them_all_or_by_order() -> None:
+    silos = [{"name": "north", "source": "a.npz"}]
+    natural = {"data": {"source": "t.npz"}, "partition": {"scheme": "natural", "silos": silos}}
+    assert Config().shows_real
+    assert not Config.model_validate(natural).shows_real
+    assert not Config.model_validate({"modules": "exchange"}).shows_real
+    assert Config.model_validate(natural | {"tracking": {"real_images": "shown"}}).shows_real
+    assert not Config.model_validate({"tracking": {"real_images": "hidden"}}).shows_real
+
+
+def test_scratch_is_a_folder_of_the_node() -> None:
+    for wrong in ("s3://bucket/scratch", "scratch", ""):
+        with pytest.raises(ValueError, match="scratch"):
+            Config.model_validate({"storage": {"scratch": wrong}})
+    assert Config().determining() == Config.model_validate({"storage": {"scratch": "/mnt/scratch"}}).determining()

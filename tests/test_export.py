@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedfactory_ray.errors import RunConflictError, TrainingDivergedError
+from fedfactory_ray.errors import RunConflictError, StorageError, TrainingDivergedError
 from fedfactory_ray.pipeline.export import export_modules
 from fedfactory_ray.settings.config import Config, merge
+from fedfactory_ray.storage.checkpoints import Checkpoints
 
 TINY = {"generator": {"channels": [8], "min_steps": 2, "max_steps": 2, "batch_size": 4}}
 
@@ -46,3 +47,30 @@ def test_folders_that_all_settings_claimed_go_on(tmp_path: Path, stripes: Path) 
 def test_a_training_that_diverges_is_refused_with_client_and_class(tmp_path: Path, stripes: Path) -> None:
     with pytest.raises(TrainingDivergedError, match=r"client 'north', class 1[\s\S]*lower generator\.learning_rate"):
         export(tmp_path, stripes, generator={"learning_rate": 1e30, "grad_clip": 1e30, "min_steps": 9, "max_steps": 9})
+
+
+def test_checkpoints_stay_out_of_the_folder_that_travels(
+    tmp_path: Path, stripes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[str] = []
+    save = Checkpoints.save
+
+    def note(self: Checkpoints, *arguments: Any) -> None:
+        written.append(self.storage.uri)
+        save(self, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", note)
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    generator = {"min_steps": 20, "max_steps": 20}
+    earlier = out / "modules" / "north" / "class-001" / "checkpoints" / "x" / "training.safetensors"
+    earlier.parent.mkdir(parents=True)
+    earlier.write_text("moments")
+    export(out, stripes, generator=generator, storage={"scratch": str(scratch), "checkpoint_seconds": 1e-6})
+    assert written
+    assert all(uri.startswith(f"{scratch}/") for uri in written)
+    assert [path for path in scratch.rglob("*") if path.is_file()] == []
+    assert scratch.stat().st_mode & 0o077 == 0
+    assert {path.name for path in out.rglob("*") if path.is_file()} == {"model.safetensors", "card.json", "config.json"}
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match=r"storage\.scratch"):
+        export(tmp_path / "other", stripes, storage={"scratch": str(tmp_path / "file" / "x")})

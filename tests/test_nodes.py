@@ -17,8 +17,9 @@ import pytest
 import torch
 from clusters import nodes
 from conftest import write_npz
+from PIL import Image
 from ray.cluster_utils import Cluster
-from small_runs import LONGEST, ROOT, finish, start, wait_for
+from small_runs import LONGEST, ROOT, SMALL, finish, start, wait_for
 
 pytestmark = pytest.mark.cluster
 SPREAD: dict[str, Any] = {"classifier": {"threads": 1}, "max_actors": 3}
@@ -164,7 +165,11 @@ def test_natural_silos_are_read_on_their_own_nodes_alone(tmp_path: Path, monkeyp
         {"name": "north", "source": str(files["north"]), "labels": {"site": "north"}},
         {"name": "south", "source": str(files["south"]), "resources": {"south": 0.01}},
     ]
-    natural = {"partition": {"scheme": "natural", "silos": silos}}
+    scratch = tmp_path / "scratch"
+    natural = {
+        "partition": {"scheme": "natural", "silos": silos},
+        "storage": SMALL["storage"] | {"scratch": str(scratch)},
+    }
     each = [
         {"num_cpus": 2},
         {"num_cpus": 1, "labels": {"site": "north"}},
@@ -175,6 +180,7 @@ def test_natural_silos_are_read_on_their_own_nodes_alone(tmp_path: Path, monkeyp
         made = finish(start(tmp_path, files["test"], architecture="both", **natural), tmp_path)
         assert len(list((tmp_path / "runs" / "small").glob("experts/*/model.safetensors"))) == len(silos)
         runs = children(tmp_path)
+        notes = [json.loads(line) for line in (tmp_path / "hooks.jsonl").read_text().splitlines()]
         compared = subprocess.run(
             [
                 *(sys.executable, str(ROOT / "jobs" / "compare.py"), "--config", "small.yaml", "--methods", "fedavg"),
@@ -204,9 +210,29 @@ def test_natural_silos_are_read_on_their_own_nodes_alone(tmp_path: Path, monkeyp
         for name, digest in made.items():
             if name.startswith("modules/"):
                 assert hashlib.sha256((tmp_path / "exchange" / name).read_bytes()).hexdigest() == digest, name
+        # Pictures of natural silos show no real image.
+        client = mlflow.MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+        picture = client.download_artifacts(runs["north"].info.run_id, "samples.png", str(tmp_path))
+        assert Image.open(picture).width < 700
         again = tmp_path / "again"
         again.mkdir()
         assert finish(start(again, files["test"], modules=str(tmp_path / "exchange")), again) == made
+    # All files that leave the silos' nodes: finished modules and experts. Checkpoints stay there, until it is finished.
+    ours = {e["pid"]: name for e in notes for name in ("north", "south") if e.get("opened") == str(files[name])}
+    wrote = [(ours[e["pid"]], e["node"], e["wrote"]) for e in notes if "wrote" in e and e["pid"] in ours]
+    inside = [(who, node, name.split("/")) for who, node, name in wrote if name.startswith(f"{scratch}/")]
+    outside = {name.removeprefix(f"{tmp_path}/runs/small/") for _, _, name in wrote if f"{scratch}/" not in name}
+    folders = [f"modules/{who}/class-{label:03d}" for who, label in (("north", 0), ("south", 1), ("south", 2))]
+    folders += ["experts/north", "experts/south"]
+    assert outside == {f"{folder}/{name}" for folder in folders for name in ("model.safetensors", "card.json")}
+    for silo in ("north", "south"):
+        kinds = {
+            (node, parts[-6] if parts[-6] == "experts" else parts[-7]) for who, node, parts in inside if who == silo
+        }
+        (node,) = {node for node, _ in kinds}
+        assert kinds == {(node, "modules"), (node, "experts")}
+        assert node == runs[silo].data.tags["node"]
+    assert [path for path in scratch.rglob("*") if path.is_file()] == []
     notes = [json.loads(line) for line in (tmp_path / "hooks.jsonl").read_text().splitlines()]
     assert len({entry["pid"] for entry in notes if entry.get("opened") == str(files["north"])}) >= 2  # both jobs
     readers = {

@@ -128,6 +128,18 @@ def test_the_logged_model_predicts_uint8_images_of_any_number(finished: Finished
     assert model.predict(arrays["test_images"][:1]).shape == (1, 3)
 
 
+def test_a_logged_model_holds_no_real_image(finished: Finished, data: Path) -> None:
+    mlflow.set_tracking_uri(finished.config.tracking.uri)
+    uri = finished.report.models["classifier"]
+    example = mlflow.models.Model.load(uri).load_input_example(mlflow.artifacts.download_artifacts(uri))
+    arrays, drawn = np.load(data), pq.read_table(finished.folder / "synthetic", columns=["image"])["image"]
+    real = {bytes(image) for split in ("train", "val", "test") for image in arrays[f"{split}_images"]}
+    images = {np.asarray(image, np.uint8).tobytes() for image in example}
+    assert images <= {np.asarray(image, np.uint8).tobytes() for image in drawn.to_pylist()}
+    assert not images & real
+    assert len(example) == 3 * 8
+
+
 def test_what_a_person_sees(finished: Finished) -> None:
     for part in (
         "client-002",

@@ -191,6 +191,7 @@ def test_a_plan_of_which_a_class_has_no_validating_image_is_refused() -> None:
                 "synthesis": {"images_per_class": images, "batch_size": 2, "unit_size": 4},
                 "classifier": {"validation_fraction": fraction},
                 "partition": {"exclude": exclude},
+                "generator": {"min_images": 1},
             }
         )
         shares = {client: {y: np.arange(n) for y, n in share.items()} for client, share in held.items()}

@@ -10,7 +10,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
+import mlflow
 import pytest
 from made_runs import OUT, config_of, make_run, without_ray
 from small_runs import copy_job
@@ -20,6 +22,7 @@ from fedfactory_ray.pipeline import phases
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import CERTIFICATE, FORGOTTEN, PENDING
 from fedfactory_ray.unlearning import forget as forgetting
+from fedfactory_ray.unlearning.artifacts import Needles
 from fedfactory_ray.unlearning.certificate import Certificate
 from fedfactory_ray.unlearning.forget import forget, withdraw
 from fedfactory_ray.unlearning.verification import verify
@@ -194,6 +197,21 @@ def scores(old: Path, new: Path, origin: Path) -> None:
     rewrite(new / "evaluation.json", **tree)
 
 
+def logged(folder: Path, run: str) -> Path:
+    """Where the artifacts of a run of this name lie."""
+    (found,) = [
+        each.info.artifact_uri
+        for each in mlflow.MlflowClient(f"sqlite:///{folder}/mlflow.db").search_runs(["1"])
+        if each.info.run_name == run
+    ]
+    return Path(unquote(urlsplit(found).path))
+
+
+def plant(run: str, file: str, data: Callable[[Path], bytes]) -> Callable[[Path, Path, Path], None]:
+    """Puts something that `data` makes of the old run into MLflow."""
+    return lambda old, new, origin: put(logged(new.parents[1], run) / file, data(origin))
+
+
 SHARD = "synthetic/class-000/client-003-00000.parquet"
 FILES, RUN, NOTE, PARTITIONS, LOGS = (
     "no file is left of the forgotten",
@@ -202,6 +220,7 @@ FILES, RUN, NOTE, PARTITIONS, LOGS = (
     "the partition is what the certificate says",
     "the audit logs name this certificate",
 )
+ARTIFACTS = "MLflow holds no artifact of the forgotten"
 TAMPERED: dict[str, tuple[str, Callable[[Path, Path, Path], Any]]] = {
     "module as a classifier": (FILES, lambda o, n, a: put(n / "classifier/x/model.safetensors", module(a))),
     "module as an expert": (FILES, lambda o, n, a: put(n / "experts/client-000/model.safetensors", module(a))),
@@ -223,6 +242,15 @@ TAMPERED: dict[str, tuple[str, Callable[[Path, Path, Path], Any]]] = {
     "no note": (NOTE, lambda o, n, a: (o / FORGOTTEN).unlink()),
     "garbage manifest": (RUN, lambda o, n, a: put(n / "manifest.json", b"\xff[")),
     "empty partition": (PARTITIONS, lambda o, n, a: put(n / "partition.json", b"")),
+    "rows in MLflow": (ARTIFACTS, plant("small", "notes/x.json", lambda a: b'[{"client": "client-003", "n": 15}]')),
+    "its name in MLflow": (ARTIFACTS, plant("client-001", "x.txt", lambda a: b"class-000/client-003: 15 images")),
+    "its counts in MLflow": (ARTIFACTS, plant("synthesis", "x.json", lambda a: (a / "partition.json").read_bytes())),
+    "its digest in MLflow": (
+        ARTIFACTS,
+        plant(NEW, "x.json", lambda a: json.dumps([hashlib.sha256(module(a)).hexdigest()]).encode()),
+    ),
+    "its module in MLflow": (ARTIFACTS, plant(NEW, "x", module)),
+    "a false certificate in MLflow": (ARTIFACTS, plant("small", CERTIFICATE, lambda a: b'{"x": "client-003"}')),
     "no partition": (PARTITIONS, lambda o, n, a: (n / "partition.parquet").unlink()),
 }
 
@@ -237,6 +265,10 @@ def forgotten(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         certificate = ask(folder, "client-003")
     assert {entry["file"] for entry in certificate.deleted["files"]} >= {SHARD, "partition.parquet"}
     assert failing(folder) == []
+    # In MLflow no artifact tells of all clients any more; another client's own are whole.
+    assert [path for path in logged(folder, "small").rglob("*") if path.is_file()] == []
+    assert [path for path in logged(folder, "synthesis").rglob("*") if path.is_file()] == []
+    assert json.loads((logged(folder, "client-001") / "modules.json").read_text()) == [{"client": "client-001"}]
     return folder
 
 
@@ -253,6 +285,9 @@ def test_verify_hides_nothing(made: Path, forgotten: Path, tmp_path: Path, what:
     runs = tmp_path / "copy" / "runs"
     tamper(runs / "small", runs / NEW, made / "runs" / "small")
     assert check in failing(tmp_path / "copy")
+    if check == ARTIFACTS:  # earlier versions left such: the same command again takes them away
+        ask(tmp_path / "copy", "client-003")
+        assert failing(tmp_path / "copy") == []
 
 
 @pytest.mark.parametrize(
@@ -265,3 +300,15 @@ def test_a_damaged_certificate_is_a_verdict(made: Path, tmp_path: Path, text: by
     assert certificate is None
     assert check.name == "the certificate can be read"
     assert check.wrong
+
+
+def test_a_name_is_a_value_of_json_or_a_word_and_a_digest_is_one_anywhere() -> None:
+    digest = "ab" * 32
+    needles = Needles(frozenset({"label", "site-1"}), frozenset({digest}))
+    assert needles.found_in(b'{"runs": ["site-1"]}')
+    assert needles.found_in(b"modules/site-1/class-000, of site-2")
+    assert needles.found_in(b"site-1.")
+    assert needles.found_in(b"\xff\x00" + digest.encode() + b"\x00")
+    assert Needles(frozenset(), frozenset({hashlib.sha256(b"weights").hexdigest()})).found_in(b"weights")
+    for other in (b'{"label": 1}', b'{"client": "site-10"}', b"site-11, my-site-1", b"\xffsite-1"):
+        assert not needles.found_in(other), other

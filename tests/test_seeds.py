@@ -35,7 +35,9 @@ def judged(right: int) -> Judged:
 def report(config: Config, right: int, other: int) -> Report:
     evaluations = {"fedfactory": judged(right), "centralised": judged(other)}
     differences = {"fedfactory": {"centralised": paired_difference(ruled(right), ruled(other), LABELS)}}
-    return Report(str(config.name), "runs/x", "", {}, 1, 1, 0, 0, 1, {}, "fedfactory", evaluations, {}, differences, {})
+    return Report(
+        str(config.name), "runs/x", "", {}, 1, 1, 0, 0, 1, {}, "fedfactory", evaluations, {}, differences, {}, [], []
+    )
 
 
 def test_a_gain_is_told_by_its_variation_over_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,9 +26,10 @@ BLOCK_BYTES = 64 * 2**20
 def baseline_steps(config: Config, partition: Partition) -> int:
     """Give baselines at least as many optimiser steps as the factory's classifier: the recipe's epochs over the larger
     of the two sets, real or synthetic."""
-    recipe, held = config.classifier, [(label, len(share)) for _, label, share in partition]
-    drawn = config.synthesis.images_per_class * len({label for label, _ in held})
-    n_images = int(max(drawn, sum(n for _, n in held)) * (1 - recipe.validation_fraction))
+    recipe, offered = config.classifier, partition.offered(config.generator.min_images)
+    drawn = config.synthesis.images_per_class * len({label for _, label, _ in offered})
+    held = sum(len(share) for _, _, share in partition)
+    n_images = int(max(drawn, held) * (1 - recipe.validation_fraction))
     return recipe.epochs * max(1, n_images // recipe.batch_size)
 
 

@@ -93,7 +93,7 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
     draws = FACTORY in methods or FACTORY_II in methods
     with open_session(config, console, draws=draws) as session, ExitStack() as ending:
         config = session.config
-        console.print(partition_table(session.partition, session.info))
+        console.print(partition_table(session.partition, session.info, config.generator.min_images))
         entries: dict[str, Entry] = {}
         lines: dict[str, MethodLine] = {}
         runs = {method: session.run.child(method) for method in method_names() if method in methods}
@@ -126,7 +126,7 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
             for method in federated:
                 done = run_federated(session, listeners, federation, method, runs[method])
                 lines[method] = federated_line(method, done.history)
-                entries[method] = Entry(done.folder, phases.announced_counts(session))
+                entries[method] = Entry(done.folder, phases.held_counts(session))
                 curves[method] = [r.validation_accuracy for r in done.history]
                 diverged += [] if done.chosen else [method]
             ending.close()  # its actors make room for the test
@@ -222,7 +222,7 @@ def score_methods(
     """Scores by line of the table, and differences by name; the test split is read here, once."""
     with session.phase("evaluation"):
         ensembles = {ENSEMBLE: alone} if alone else {}
-        asked = phases.read_test_split(session, entries, experts, manifest, examples=1, ensembles=ensembles)
+        asked = phases.read_test_split(session, entries, experts, manifest, examples=0, ensembles=ensembles)
         result: TestResult = ray.get(asked)
     scores = {name: judged.scalars() for name, judged in result.evaluations.items()}
     if alone:

@@ -70,6 +70,15 @@ class Partition:
             raise PartitionError("partition.exclude leaves no client", "at least one", "fewer entries")
         return replace(self, shares=left)
 
+    def offered(self, min_images: int) -> Partition:
+        """The shares of at least `min_images` images, which train modules; a client without one is not in it."""
+        large = {c: {y: i for y, i in share.items() if len(i) >= min_images} for c, share in self.shares.items()}
+        return replace(self, shares={client: share for client, share in large.items() if share})
+
+    def at_home(self, min_images: int) -> list[tuple[str, int, int]]:
+        """Client, class and number of images of every share that is too small to train a module."""
+        return [(client, label, len(indices)) for client, label, indices in self if len(indices) < min_images]
+
     @property
     def sha256(self) -> str:
         """Digest of names, classes and indices; independent of file format and platform."""

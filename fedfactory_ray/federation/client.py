@@ -19,7 +19,7 @@ from fedfactory_ray.generation.card import ModuleCard, module_fingerprint
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.artefact import find, fingerprint, keep
-from fedfactory_ray.storage.checkpoints import Checkpoints
+from fedfactory_ray.storage.checkpoints import Checkpoints, scratch_of
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import SNAPSHOT, WEIGHTS, checkpoints_folder, module_folder
 
@@ -92,6 +92,12 @@ class ClientActor(ClientSlot):
         super().__init__(config, threads)
         self.storage, self.modules = storage, modules
 
+    @property
+    def scratch(self) -> Storage:
+        """Where checkpoints lie: those of a natural silo on its own node, those of simulated clients in the run."""
+        natural = self.config.partition.scheme == "natural"
+        return scratch_of(self.storage, self.config.storage.scratch) if natural else self.storage
+
     def train(self, client: str, share: dict[int, np.ndarray]) -> Iterator[Progress | Upload | bytes]:
         """Train a module for each class of `share` (class → places in the client's training split).
 
@@ -100,7 +106,7 @@ class ClientActor(ClientSlot):
         device, source = self.device, self.source(client)
         node, gpus = ray.get_runtime_context().get_node_id(), tuple(map(str, ray.get_gpu_ids()))
         at_once = min(self.modules, modules_at_once(self.config.generator)) if device.type == "cuda" else 1
-        for event in train_share(self.config, source, client, share, device, self.storage, at_once):
+        for event in train_share(self.config, source, client, share, device, self.storage, at_once, self.scratch):
             if isinstance(event, Progress):
                 yield event
             else:
@@ -113,7 +119,8 @@ class ClientActor(ClientSlot):
         from fedfactory_ray.federation.expert import fit_expert
 
         with failures_refused(f"client {assignment.client!r}, fitting its expert", FIT_REMEDY):
-            yield from fit_expert(self.config, assignment, self.source(assignment.client), self.storage, self.device)
+            source = self.source(assignment.client)
+            yield from fit_expert(self.config, assignment, source, self.storage, self.device, self.scratch)
 
 
 def start_client(config: Config, worker: Worker, storage: Storage, client: str) -> Any:
@@ -130,15 +137,16 @@ def train_share(
     device: torch.device,
     storage: Storage,
     at_once: int = 1,
+    scratch: Storage | None = None,
 ) -> Iterator[Progress | tuple[ModuleCard, bytes, float]]:
     """Train a client's modules where its images are; yields progress, and each module's card, weights and seconds.
 
     Each module is written to storage, the card last, so that it outlives this process; until then its latest
-    checkpoint lies there, from which another process goes on. What is there and whole is not trained again. So many
-    modules train side by side, `at_once`, which changes no byte of any.
+    checkpoint lies in `scratch`, by default there too, from which another process goes on. What is there and whole is
+    not trained again. So many modules train side by side, `at_once`, which changes no byte of any.
     """
     waiting = [
-        (label, _train_module(config, source, client, label, places, device, storage))
+        (label, _train_module(config, source, client, label, places, device, storage, scratch or storage))
         for label, places in share.items()
     ]
     running: list[tuple[int, Iterator[Progress | tuple[ModuleCard, bytes, float] | None]]] = []
@@ -168,6 +176,7 @@ def _train_module(
     places: np.ndarray,
     device: torch.device,
     storage: Storage,
+    scratch: Storage,
 ) -> Iterator[Progress | tuple[ModuleCard, bytes, float] | None]:
     """Train one of a client's modules, whose card, weights and seconds come last; None after a step that has no news,
     for others to take a turn."""
@@ -189,7 +198,7 @@ def _train_module(
         seed=seed,
         images_sha256=fingerprint(pixels),
     )
-    checkpoints = Checkpoints(storage, checkpoints_folder(folder), fingerprint(made_of, device.type))
+    checkpoints = Checkpoints(scratch, checkpoints_folder(folder), fingerprint(made_of, device.type))
     there = find(storage, ModuleCard, folder, made_of)
     class_name = source.class_names[label]
     if there is not None:
@@ -230,7 +239,7 @@ def _train_module(
         resolution=resolution,
         steps=steps,
         precision=precision,
-        generator=generator.model_dump(mode="json"),
+        generator=generator.of_module(),
         size=len(weights),
         canary=made_by,
         class_name=class_name,

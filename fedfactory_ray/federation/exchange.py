@@ -25,8 +25,9 @@ LIKELY = 1000
 all that is drawn of a class."""
 
 
-def offered_cards(uri: str, info: DataInfo) -> list[ModuleCard]:
-    """The cards of the modules below `uri` (`modules/<client>/class-<y>/`), each fit for the data set `info`.
+def offered_cards(uri: str, info: DataInfo, min_images: int = 1) -> list[ModuleCard]:
+    """The cards of the modules below `uri` (`modules/<client>/class-<y>/`), each fit for the data set `info` and of at
+    least `min_images` images.
 
     A folder without a card is a module that its client has not finished. Raises DataMissingError where there is none,
     ModuleRefusedError for a card that cannot be trusted.
@@ -38,6 +39,10 @@ def offered_cards(uri: str, info: DataInfo) -> list[ModuleCard]:
     cards = [_read_card(storage, folder, info) for folder in carded]
     most = LIKELY * max(*(n for counts in info.counts.values() for n in counts), _median(cards), 1)
     for card in cards:
+        if card.n_images < min_images:
+            found = f"trained on {card.n_images} images of class {info.class_names[card.label]!r}"
+            mend = "the client's same jobs/train_client.py takes it back"
+            raise ModuleRefusedError(*card.key, f"{found}, needed generator.min_images={min_images}: {mend}")
         if card.n_images > most:
             reason = f"its card tells of {card.n_images} images, more than {most}: {LIKELY} times what others have"
             raise ModuleRefusedError(*card.key, reason)

@@ -120,16 +120,22 @@ def compose(label: int, real: np.ndarray, drawn: np.ndarray, shown: int, share: 
 
 
 def fit_expert(
-    config: Config, assignment: Assignment, source: Source, storage: Storage, device: torch.device
+    config: Config,
+    assignment: Assignment,
+    source: Source,
+    storage: Storage,
+    device: torch.device,
+    scratch: Storage | None = None,
 ) -> Iterator[Epoch | Expert]:
     """Fit a client's expert where its images are: its epochs, and at the end the expert, which is in storage then.
 
-    It is the central classifier's recipe and code. A fit that broke off goes on from its last checkpoint.
+    It is the central classifier's recipe and code. A fit that broke off goes on from its last checkpoint,
+    which lies in `scratch`, by default in `storage` too.
     """
     made_of, folder = assignment.fingerprint(config), expert_folder(assignment.client)
     training, validation = make_batches(config, assignment, source, storage)
     fit = Fit(config.classifier, assignment.task, training.steps, training.seed, device)
-    checkpoints = Checkpoints(storage, checkpoints_folder(folder), made_of)
+    checkpoints = Checkpoints(scratch or storage, checkpoints_folder(folder), made_of)
     newest = checkpoints.newest()
     if newest is not None:
         fit.load({name: checkpoints.read(newest, name) for name in newest.files})

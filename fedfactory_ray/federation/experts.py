@@ -55,6 +55,9 @@ def collect_experts(
     """
     wanted = {expert_folder(a.client): a.fingerprint(config) for a in assignments}
     fitted = {expert.client: expert for expert in find_all(storage, Expert, wanted).values()}
+    if config.partition.scheme == "natural":  # earlier versions kept a silo's checkpoints here
+        for folder in wanted:
+            storage.delete_folder(checkpoints_folder(folder))
     for client, expert in fitted.items():
         folder = checkpoints_folder(expert.folder)
         Checkpoints(storage, folder, expert.fingerprint).delete()  # of a start that was killed at its very end

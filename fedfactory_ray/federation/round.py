@@ -41,8 +41,10 @@ def stored_modules(config: Config, partition: Partition, worker: Worker, storage
         for client, label in keys
     }
     found = find_all(storage, ModuleCard, wanted)
-    for folder in {name.rpartition(f"/{CHECKPOINTS}/")[0] for name in there} & found.keys():
-        storage.delete_folder(checkpoints_folder(folder))  # of a process that was killed at its very end
+    left = {name.rpartition(f"/{CHECKPOINTS}/")[0] for name in there} & {module_folder(c, y) for c, y, _ in partition}
+    # Of a process that was killed at its very end; and earlier versions kept those of natural silos here.
+    for folder in left if config.partition.scheme == "natural" else left & found.keys():
+        storage.delete_folder(checkpoints_folder(folder))
     return {card.key: ModuleHandle(card) for card in found.values()}
 
 

@@ -84,7 +84,8 @@ def module_fingerprint(
 ) -> str:
     """What determines a module: settings, the arithmetic that `generator.precision` comes to where it is trained, torch
     threads, its seed, and its images, which stand for their indices too."""
-    settings = {name: value for name, value in generator.determining().items() if name != "precision"}
+    apart = ("precision", "min_images")  # the one is told by what it comes to, the other changes no module
+    settings = {name: value for name, value in generator.determining().items() if name not in apart}
     if generator.prediction == "gaussian" and generator.augment != "none":
         settings["filter"] = "turned"  # earlier versions left it upright before turned images
     return fingerprint(ModuleCard.kind, settings, precision, threads, seed, images_sha256)

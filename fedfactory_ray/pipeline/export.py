@@ -18,8 +18,9 @@ from fedfactory_ray.pipeline.gpus import modules_here
 from fedfactory_ray.pipeline.session import claim
 from fedfactory_ray.pipeline.survey import refuse_resolution
 from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.checkpoints import scratch_of
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import MODULES
+from fedfactory_ray.storage.layout import MODULES, checkpoints_folder, module_folder
 from fedfactory_ray.storage.lease import hold
 from fedfactory_ray.tracking.progress import Bars, log_lines
 
@@ -55,13 +56,20 @@ def export_modules(
     chosen = list(classes or held)
     if not set(chosen) <= set(held):
         raise DataInvalidError(source.path, f"training images of the classes {held}", f"--classes {chosen} among them")
+    least = config.generator.min_images
+    small = [y for y in chosen if info.counts["train"][y] < least]
+    counted = ", ".join(f"{y} {info.class_names[y]} ({info.counts['train'][y]} images)" for y in small)
+    if small and (classes or small == chosen):
+        needed = f"generator.min_images={least}: a module of fewer images is a copy of them"
+        raise DataInvalidError(source.path, f"classes {counted}", needed)
     whole = config.determining()
     settings = {name: whole[name] for name in ("seed", "data", "generator")}  # nothing else determines a module
     del settings["data"]["source"]  # a path of the client's own
+    settings["generator"].pop("min_images", None)  # tells which there are, and changes none
     settings["labels"] = hashlib.sha256(labels.tobytes()).hexdigest()
     storage = Storage(out)
     storage.check()
-    share = {y: np.flatnonzero(labels == y) for y in chosen}
+    share = {y: np.flatnonzero(labels == y) for y in chosen if y not in small}
     kind = device or ("cuda" if torch.cuda.is_available() else "cpu")
     where = torch.device("cuda", 0) if kind == "cuda" else torch.device("cpu")
     prepare_process(config.resources.client.threads, where)
@@ -70,9 +78,13 @@ def export_modules(
     if info.skipped:
         console.print(told_skipped(source.path, info.skipped), markup=False, highlight=False, soft_wrap=True)
     numbered = ", ".join(f"{y} {info.class_names[y]}" for y in chosen)
+    if small:
+        told = f"classes that stay at home, of fewer than generator.min_images={least}: {counted}"
+        console.print(told, markup=False, highlight=False, soft_wrap=True)
     console.print(f"classes of {client} by number: {numbered}", markup=False, highlight=False, soft_wrap=True)
     done: dict[int, int] = {}
     trained = set()
+    scratch = scratch_of(storage, config.storage.scratch)
     own = storage.within(f"{MODULES}/{client}")
     with (
         hold(own, take_over=config.take_over) as began,
@@ -81,7 +93,11 @@ def export_modules(
     ):
         claim(settings, own, part=True, another="--out")
         own.clean(began)
-        for event in train_share(config, source, client, share, where, storage, at_once):
+        for y in small:
+            storage.delete_folder(module_folder(client, y))  # of an earlier version, or a smaller minimum
+        for y in share:
+            storage.delete_folder(checkpoints_folder(module_folder(client, y)))  # where an earlier version kept them
+        for event in train_share(config, source, client, share, where, storage, at_once, scratch):
             if isinstance(event, Progress) and event.resumed:
                 log.info("%s, class %d: goes on from step %d of %d", client, event.label, event.step, event.steps)
             elif isinstance(event, Progress):
@@ -91,5 +107,6 @@ def export_modules(
             else:
                 card, _, _ = event
                 done[card.label] = card.steps
+    scratch.prune()
     done_now = f"{len(share)} modules, {len(trained)} of them trained now: {storage.uri}/{MODULES}/{client}"
     console.print(done_now, markup=False, emoji=False)

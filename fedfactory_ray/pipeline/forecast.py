@@ -46,7 +46,7 @@ def forecast(config: Config, console: Console) -> PlainTable:
         found = survey_here(config)
         connect()
         (info, partition, _), plan, _ = look_over(config, found)
-        console.print(partition_table(partition, info))
+        console.print(partition_table(partition, info, config.generator.min_images))
         largest = max(len(indices) for _, _, indices in partition)
         probe = ray.get(probe_work.options(**plan.client.options).remote(config, info, largest, plan.client.threads))
     return forecast_table(config, info, partition, plan, probe)
@@ -56,10 +56,11 @@ def forecast_table(config: Config, info: DataInfo, partition: Partition, plan: P
     """The forecast of a probe."""
     generator, recipe = config.generator, config.classifier
     trains = config.modules is None
-    shares = partition.shares.values()
+    offered = partition.offered(generator.min_images)
+    shares = offered.shares.values()
     work = [sum(generator.steps(len(indices)) for indices in share.values()) for share in shares if trains]
-    steps = [generator.steps(len(indices)) for _, _, indices in partition]
-    drawn = config.synthesis.images_per_class * len({label for _, label, _ in partition})
+    steps = [generator.steps(len(indices)) for _, _, indices in offered]
+    drawn = config.synthesis.images_per_class * len({label for _, label, _ in offered})
     real = int(partition.matrix().sum())
     fit_steps = recipe.epochs * max(1, int(drawn * (1 - recipe.validation_fraction)) // recipe.batch_size)
     # A reference takes as many steps at least, and the recipe's epochs where there are more real images.

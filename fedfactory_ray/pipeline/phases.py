@@ -6,6 +6,7 @@ Phases import what loads torch when they need it: clients are at work before the
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import count, takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +29,7 @@ from fedfactory_ray.pipeline.report import Report, partition_table
 from fedfactory_ray.pipeline.results import Results, log_results, make_report
 from fedfactory_ray.pipeline.session import Session, open_session
 from fedfactory_ray.settings.config import Config
-from fedfactory_ray.storage.layout import CENTRALISED, ENVIRONMENT, EVALUATION, METHOD
+from fedfactory_ray.storage.layout import CENTRALISED, ENVIRONMENT, EVALUATION, METHOD, module_folder, unit_file
 from fedfactory_ray.synthesis.previews import previews
 from fedfactory_ray.synthesis.shard import Shard, manifest_digest
 from fedfactory_ray.synthesis.synthesize import synthesize
@@ -48,7 +49,7 @@ def run(config: Config, console: Console) -> Report:
     Raises FedFactoryError for what the user can mend; then nothing was trained.
     """
     with open_session(config, console) as session:
-        console.print(partition_table(session.partition, session.info))
+        console.print(partition_table(session.partition, session.info, config.generator.min_images))
         report = run_phases(session, Listeners(console, session.logged))
     return report
 
@@ -71,15 +72,26 @@ def run_phases(session: Session, listeners: Listeners) -> Report:
 
 
 def train_modules(session: Session, listeners: Listeners) -> Modules:
-    """Every client trains its modules and uploads each once; those from files are there already."""
-    config, partition = session.config, session.partition
+    """Every client trains its modules, of classes of which it holds enough images, and uploads each once; those from
+    files are there already."""
+    config, partition = session.config, session.offered
     if config.modules is not None:
         return {card.key: ModuleHandle(card) for card in session.cards}
+    take_back(session)
     steps = sum(config.generator.steps(len(indices)) for _, _, indices in partition)
     with session.phase("modules"), ModulesListener(listeners, steps) as listen:
         modules = run_round(config, partition, session.plan.client, session.storage, listen)
         listen.update(steps)
     return modules
+
+
+def take_back(session: Session) -> None:
+    """Delete what earlier versions made of shares that train no module now: modules, and the units drawn from them."""
+    for client, label, _ in session.partition.at_home(session.config.generator.min_images):
+        session.storage.delete_folder(module_folder(client, label))
+        units = (unit_file(client, label, index) for index in count())
+        for unit in takewhile(session.storage.exists, units):
+            session.storage.delete(unit)
 
 
 def draw_data_set(session: Session, listeners: Listeners, modules: Modules) -> list[Shard]:
@@ -148,11 +160,16 @@ def reference_entry(session: Session, folder: str) -> Entry:
     images that validate."""
     from fedfactory_ray.classification.prediction import Entry
 
-    return Entry(folder, announced_counts(session), real_validation_rows(session.config, session.partition))
+    return Entry(folder, held_counts(session), real_validation_rows(session.config, session.partition))
 
 
 def announced_counts(session: Session) -> np.ndarray:
-    """Images of each class, int64 (classes,), that the clients who are left declare; so do their modules' cards."""
+    """Images of each class, int64 (classes,), that the clients who are left declare: their modules' cards do."""
+    return np.asarray(session.offered.matrix().sum(0))
+
+
+def held_counts(session: Session) -> np.ndarray:
+    """Images of each class, int64 (classes,), that the clients who are left hold, those that train no module too."""
     return np.asarray(session.partition.matrix().sum(0))
 
 
@@ -167,7 +184,8 @@ def evaluate_all(
             else factory_entry(session, manifest, each.folder)
             for method, each in classifiers.items()
         }
-        result = read_test_split(session, entries, experts, manifest, examples=plots.GRID_COLUMNS)
+        examples = plots.GRID_COLUMNS if session.config.shows_real else 0
+        result = read_test_split(session, entries, experts, manifest, examples=examples)
         drawn = previews.remote(session.storage, manifest, session.info.task.image_shape, plots.GRID_COLUMNS)
         tested, shown = ray.get([result, drawn])
     figures: dict[str, object] = {m: judged.scalars() for m, judged in tested.evaluations.items()}

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 NOTE = "95 % intervals: test sampling only, one fit each. The announced prior: class shares that clients declare."
 """What the figures of one seed are."""
+NAMED = 5
+"""Shares that are named; others are counted."""
 COMPARED = {
     "accuracy": "accuracy, announced prior",
     "balanced_accuracy": "balanced accuracy, classes alike",
@@ -30,6 +32,7 @@ class Report:
     """What a finished run tells: seconds a phase, images and bytes, and an evaluation for each classifier.
 
     `main` is the evaluation that the job is about. With experts: each alone, by client, and why an expert is missing.
+    `at_home` are shares that trained no module, for lack of images, and `absent` the classes of which there is none.
     `differences` tell what the product and Architecture I's classifier gain on each other classifier.
     """
 
@@ -48,18 +51,39 @@ class Report:
     experts: dict[str, Judged]
     differences: dict[str, dict[str, Difference]]
     missing: dict[str, str]
+    at_home: list[str]
+    absent: list[str]
 
 
-def partition_table(partition: Partition, info: DataInfo, most: int = 20) -> PlainTable:
-    """The client × class table of image counts, its first `most` clients."""
+def told_at_home(partition: Partition, info: DataInfo, min_images: int) -> list[str]:
+    """Whose images of which class are too few to train a module, and how many they are."""
+    small = partition.at_home(min_images)
+    return [f"{client} class {info.class_names[label]} ({n})" for client, label, n in small]
+
+
+def absent_classes(partition: Partition, info: DataInfo, min_images: int) -> list[str]:
+    """Names of the classes of which nobody offers a module."""
+    offered = {label for _, label, _ in partition.offered(min_images)}
+    return [name for label, name in enumerate(info.class_names) if label not in offered]
+
+
+def partition_table(partition: Partition, info: DataInfo, min_images: int = 1, most: int = 20) -> PlainTable:
+    """The client × class table of image counts, its first `most` clients; in parentheses those of fewer than
+    `min_images` images, which train no module."""
     table = PlainTable(title=f"images a client and class (partition {partition.sha256[:12]})", title_justify="left")
     table.add_column("client")
     for class_name in info.class_names:
         table.add_column(class_name[:12], justify="right")
     for client, row in list(zip(partition.clients, partition.matrix(), strict=True))[:most]:
-        table.add_row(client, *(str(n) if n else "·" for n in row))
+        table.add_row(client, *(str(n) if n >= min_images else f"({n})" if n else "·" for n in row))
     if len(partition.clients) > most:
         table.add_row(f"… {len(partition.clients) - most} more")
+    small = partition.at_home(min_images)
+    if small:
+        n_images = sum(n for _, _, n in small)
+        told = f"(n): fewer than generator.min_images={min_images}, no module is trained: {len(small)} of "
+        told += f"{len(list(partition))} shares, {n_images} images stay at home"
+        table.caption = Text(told, "table.caption")
     return table
 
 
@@ -89,6 +113,12 @@ def report_table(report: Report) -> PlainTable:
     table.add_row("majority class", f"{main.majority:.4f}", end_section=True)
     for client, why in report.missing.items():
         table.add_row(f"expert of {client} MISSING", why[:60])
+    if report.at_home:
+        more = len(report.at_home) - NAMED
+        named = [*report.at_home[:NAMED], *[f"and {more} more"] * (more > 0)]
+        table.add_row(f"stay at home, too small for a module: {len(report.at_home)}", "\n".join(named))
+    if report.absent:
+        table.add_row("classes without a module", ", ".join(report.absent))
     table.add_row("modules uploaded, once", f"{report.modules} ({report.uploaded_bytes / 1e6:.2f} MB)")
     if report.experts:
         table.add_row("modules of others, downlinks", f"{report.downlink_bytes / 1e6:.2f} MB")

@@ -11,7 +11,7 @@ import numpy as np
 from fedfactory_ray.classification.rules import ANNOUNCED
 from fedfactory_ray.generation.card import Modules
 from fedfactory_ray.pipeline.listeners import Listeners
-from fedfactory_ray.pipeline.report import Report
+from fedfactory_ray.pipeline.report import Report, absent_classes, told_at_home
 from fedfactory_ray.pipeline.session import Session
 from fedfactory_ray.storage.layout import METHOD, PARTITION, PRODUCT, WEIGHTS
 from fedfactory_ray.tracking import plots
@@ -35,6 +35,13 @@ class Results:
     experts: Experts | None
     tested: TestResult
     shown: dict[tuple[str, int], np.ndarray]
+
+    def some_drawn(self) -> np.ndarray:
+        """Synthetic images of each class, uint8 (n, H, W, C): what a logged model's example is made of."""
+        by_label: dict[int, list[np.ndarray]] = {}
+        for (_, label), images in self.shown.items():
+            by_label.setdefault(label, []).append(images)
+        return np.concatenate([np.concatenate(by_label[y])[: plots.GRID_COLUMNS] for y in sorted(by_label)])
 
     @property
     def n_images(self) -> int:
@@ -71,6 +78,8 @@ def make_report(session: Session, results: Results, models: dict[str, str]) -> R
         experts=tested.experts,
         differences=tested.differences,
         missing=experts.missing if experts else {},
+        at_home=told_at_home(session.partition, session.info, session.config.generator.min_images),
+        absent=absent_classes(session.partition, session.info, session.config.generator.min_images),
     )
 
 
@@ -94,13 +103,14 @@ def log_results(session: Session, listeners: Listeners, results: Results) -> dic
 
 
 def log_clients(session: Session, listeners: Listeners, results: Results) -> None:
-    """The picture of the partition; each client's modules, and its samples beside real images."""
+    """The picture of the partition; each client's modules, and its samples, beside real images if these may be seen."""
     partition, class_names = session.partition, session.info.class_names
     session.run.figure(plots.partition_plot(partition.matrix(), partition.clients, class_names), "partition.png")
     cards = [handle.card for handle in results.modules.values()]
+    real = results.tested.examples if session.config.shows_real else {}
     for client in partition.clients:
         drawn = {label: images for (c, label), images in results.shown.items() if c == client}
-        grid = plots.sample_grid(drawn, results.tested.examples, class_names, client) if drawn else None
+        grid = plots.sample_grid(drawn, real, class_names, client) if drawn else None
         listeners.client(client).finish([card for card in cards if card.client == client], grid)
 
 
@@ -129,7 +139,7 @@ def log_models(session: Session, results: Results) -> dict[str, str]:
     from fedfactory_ray.classification.prediction import load_network
 
     run, experts, names, tested = session.run, results.experts, session.info.class_names, results.tested
-    examples, models = np.concatenate(list(tested.examples.values())), {}
+    examples, models = results.some_drawn(), {}
 
     def log(name: str, method: str, folders: list[str], made_of: Mapping[str, object]) -> None:
         networks = [load_network(session.config, session.info.task, session.storage, folder) for folder in folders]

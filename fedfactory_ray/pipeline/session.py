@@ -26,7 +26,16 @@ from fedfactory_ray.errors import FedFactoryError, ForgottenError, RunConflictEr
 from fedfactory_ray.federation.exchange import import_modules, set_sha256
 from fedfactory_ray.generation.card import ModuleCard
 from fedfactory_ray.pipeline.gpus import plan_gpus
-from fedfactory_ray.pipeline.survey import Survey, read_images, streams, survey, survey_here, try_files, warn_of_size
+from fedfactory_ray.pipeline.survey import (
+    Survey,
+    check_offered,
+    read_images,
+    streams,
+    survey,
+    survey_here,
+    try_files,
+    warn_of_size,
+)
 from fedfactory_ray.settings.command_line import print_refusal
 from fedfactory_ray.settings.config import MOVED, Config, flatten
 from fedfactory_ray.settings.names import allowed_name
@@ -54,6 +63,11 @@ class Session:
     logged: Future[tracking.Run]
     cards: list[ModuleCard] = field(default_factory=list)
     seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def offered(self) -> Partition:
+        """The shares that train modules."""
+        return self.partition.offered(self.config.generator.min_images)
 
     @property
     def run(self) -> tracking.Run:
@@ -160,6 +174,7 @@ def look_over(config: Config, found: Survey | None, *, draws: bool = True) -> tu
     surveyed = found or survey(config)
     info, partition, _ = surveyed
     if draws:
+        check_offered(config, partition, info.class_names)
         check_validation(config, partition)
     clients, streamed = len(partition.clients), streams(config, info, partition)
     plan = make_plan(config.resources, clients=clients, streams=streamed)

@@ -84,7 +84,7 @@ def _dealt(config: Config, info: DataInfo, labels: np.ndarray) -> Survey:
     excluded = config.partition.exclude
     if config.modules is None:
         return info, make_partition(config.partition, labels, info.classes, config.seed).without(excluded), []
-    cards = offered_cards(config.modules, info)
+    cards = offered_cards(config.modules, info, config.generator.min_images)
     partition = held_elsewhere({card.key: card.n_images for card in cards}, info.classes)
     _refuse_missing(config.modules, "module", partition, info, excluded)
     partition = partition.without(still_held(partition, excluded))
@@ -134,6 +134,24 @@ def _refuse_missing(where: str, what: str, partition: Partition, info: DataInfo,
         raise DataInvalidError(where, f"no {what} of class {', '.join(names)}", "every class")
     if names:
         log.warning("nobody is left with class %s: no image of it is drawn", ", ".join(names))
+
+
+def check_offered(config: Config, partition: Partition, class_names: Sequence[str]) -> None:
+    """Tell the classes of which every client's images are too few to train a module. Raises PartitionError where no
+    module would be trained at all."""
+    least = config.generator.min_images
+    offered = {label for _, label, _ in partition.offered(least)}
+    if not offered and config.modules is None:
+        raise PartitionError(
+            f"no client holds {least} images of a class",
+            f"generator.min_images={least} to train a module: one of fewer images is a copy of them",
+            "fewer clients, or a smaller generator.min_images where a copy may leave its client",
+        )
+    held = {label for _, label, _ in partition}
+    absent = [class_names[label] for label in sorted(held - offered)]
+    if absent:
+        told = "nobody may offer class %s, of which each client holds fewer than %d images: no image of it is drawn"
+        log.warning(told, ", ".join(absent), least)
 
 
 def read_images(config: Config, partition: Partition, info: DataInfo) -> Partition:

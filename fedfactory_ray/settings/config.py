@@ -101,6 +101,12 @@ class Config(BaseSettings):
         return self.modules is not None or self.partition.scheme == "natural"
 
     @property
+    def shows_real(self) -> bool:
+        """Whether real images may be seen in MLflow."""
+        asked = self.tracking.real_images
+        return asked == "shown" or (asked == "auto" and not self.apart)
+
+    @property
     def references(self) -> tuple[str, ...]:
         """The baselines to fit."""
         chosen = self.baselines or (() if self.apart else ("centralised",))

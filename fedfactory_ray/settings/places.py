@@ -75,12 +75,22 @@ class StorageConfig(Section):
 
     uri: str = "runs"
     """Folder of all runs: a local path, a shared folder, or an s3:// or gs:// address."""
+    scratch: str = "~/.cache/fedfactory"
+    """Folder for the checkpoints of a natural silo, and of jobs/train_client.py, on the node that trains: they hold
+    optimiser states, and go nowhere else. `~` is the home there. Simulated clients keep theirs in the run's folder."""
     checkpoint_seconds: float = Field(60.0, gt=0)
     """Time between the checkpoints of a module's training, from which it goes on after a failure."""
     checkpoint_epochs: int = Field(5, ge=1)
     """Epochs between the checkpoints of a classifier's or an expert's fit."""
     checkpoint_rounds: int = Field(10, ge=1)
     """Rounds between the checkpoints of a federated method."""
+
+    @field_validator("scratch")
+    @classmethod
+    def _lies_on_the_node(cls, scratch: str) -> str:
+        if not scratch.startswith(("/", "~")) or not scratch.isprintable():
+            raise ValueError(f"scratch {scratch!r:.100}: needed a folder of the node's own, from / or ~ on")
+        return scratch
 
 
 class TrackingConfig(Section):
@@ -90,6 +100,9 @@ class TrackingConfig(Section):
     """MLflow tracking URI; default: $MLFLOW_TRACKING_URI, else sqlite:///mlflow.db."""
     experiment: str = "fedfactory"
     """MLflow experiment."""
+    real_images: Literal["auto", "shown", "hidden"] = "auto"
+    """Whether pictures show real test images beside synthetic ones; `auto`: only where one place holds all images
+    anyway (neither partition `natural` nor modules from files)."""
 
     @field_validator("experiment")
     @classmethod

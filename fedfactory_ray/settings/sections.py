@@ -31,7 +31,7 @@ class Section(BaseModel):
 class GeneratorConfig(Section):
     """The generative module of one class: a diffusers UNet2DModel under EDM (Karras et al. 2022)."""
 
-    added = frozenset({"head_channels", "images_at_once"})
+    added = frozenset({"head_channels", "images_at_once", "min_images"})
 
     channels: tuple[int, ...] = (16, 32)
     """Channels of each level; the resolution halves between levels."""
@@ -82,6 +82,9 @@ class GeneratorConfig(Section):
     """Arithmetic of training and sampling; auto: bf16 where the hardware has it, else fp32."""
     half_precision_upload: bool = True
     """Store and send weights as float16: half the bytes."""
+    min_images: int = Field(20, ge=1)
+    """Smallest number of a client's images of a class that trains a module: of fewer it would be a copy. They stay at
+    home, where its expert and the baselines use them. Modules from files of fewer images are refused."""
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> GeneratorConfig:
@@ -100,6 +103,10 @@ class GeneratorConfig(Section):
         if self.attention_levels and any(channels % self.head_channels for channels in attending):
             raise ValueError(f"head_channels={self.head_channels}: the attending levels have {attending} channels")
         return self
+
+    def of_module(self) -> dict[str, Any]:
+        """The fields that tell what a module is, as JSON values; `min_images` tells whether there is one."""
+        return self.model_dump(mode="json", exclude={"min_images"})
 
     def steps(self, n_images: int) -> int:
         """Optimiser steps for a class of so many images."""

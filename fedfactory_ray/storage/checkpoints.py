@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import posixpath
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from fedfactory_ray.errors import StorageError
 from fedfactory_ray.storage.artefact import Artefact, find, keep
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import CARD, checkpoint_folder
@@ -25,6 +28,17 @@ class Checkpoint(Artefact):
     def folder(self) -> str:
         """See Artefact."""
         return self.place
+
+
+def scratch_of(run: Storage, folder: str) -> Storage:
+    """Where this node keeps the checkpoints of a run that may not leave it: below its `folder`, for its user alone.
+    Raises StorageError where it may not be written."""
+    place = os.path.expanduser(folder)
+    try:
+        os.makedirs(place, mode=0o700, exist_ok=True)
+    except OSError as error:
+        raise StorageError(place, str(error), "storage.scratch with a folder of the node's own") from error
+    return Storage(place).within(hashlib.sha256(run.uri.encode()).hexdigest()[:16])
 
 
 class Checkpoints:

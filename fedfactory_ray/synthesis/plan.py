@@ -94,7 +94,7 @@ def check_validation(config: Config, partition: Partition) -> None:
         return
     images_per_class, period = config.synthesis.images_per_class, round(1 / config.classifier.validation_fraction)
     problems, by_label = [], dict[int, dict[str, int]]()
-    for client, label, indices in partition:
+    for client, label, indices in partition.offered(config.generator.min_images):
         by_label.setdefault(label, {})[client] = len(indices)
     for label, counts in sorted(by_label.items()):
         most = max(quotas(counts, images_per_class).values())

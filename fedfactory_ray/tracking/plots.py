@@ -18,14 +18,16 @@ SHORT = 14
 def sample_grid(
     synthetic: dict[int, np.ndarray], real: dict[int, np.ndarray], class_names: list[str], client: str
 ) -> Figure:
-    """A row a class: images drawn from the client's modules on the left, held-out real images on the right.
+    """A row a class: images drawn from the client's modules on the left; on the right, where `real` has any, held-out
+    real images.
 
     Images are uint8 (n, H, W, C) by class; up to GRID_COLUMNS of each are shown.
     """
-    figure = Figure(figsize=(2 * GRID_COLUMNS * 0.55 + 1, 0.65 * len(synthetic) + 0.7), layout="constrained")
-    axes = figure.subplots(len(synthetic), 2, squeeze=False)
+    columns = 2 if real else 1
+    figure = Figure(figsize=(columns * GRID_COLUMNS * 0.55 + 1, 0.65 * len(synthetic) + 0.7), layout="constrained")
+    axes = figure.subplots(len(synthetic), columns, squeeze=False)
     for row, (label, images) in zip(axes, sorted(synthetic.items()), strict=True):
-        for axis, shown in zip(row, (images, real[label]), strict=True):
+        for axis, shown in zip(row, (images, real.get(label, images[:0])), strict=False):
             strip = np.zeros((images.shape[1], GRID_COLUMNS * images.shape[2], images.shape[3]), np.uint8)
             tiles = np.concatenate(list(shown[:GRID_COLUMNS]), axis=1) if len(shown) else strip[:, :0]
             strip[:, : tiles.shape[1]] = tiles
@@ -33,7 +35,8 @@ def sample_grid(
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(class_names[label][:SHORT], rotation=0, ha="right", va="center", fontsize=7)
     axes[0, 0].set_title(f"drawn from {client}", fontsize=9)
-    axes[0, 1].set_title("real, held out", fontsize=9)
+    if real:
+        axes[0, 1].set_title("real, held out", fontsize=9)
     return figure
 
 

@@ -146,7 +146,8 @@ class Run:
         """Log a classifier with its signature, as an exported program (no pickle); returns its URI, empty where the
         server did not take it.
 
-        `predictor` gives log-probabilities with the classes alike; `prior`, (classes,), is the announced one. Load it
+        `example` are synthetic images, uint8 (n, H, W, C), which are logged too: no real one is. `predictor` gives
+        log-probabilities with the classes alike; `prior`, (classes,), is the announced one. Load it
         with `mlflow.pyfunc.load_model(uri).predict(images)`: uint8 (n, H, W, C) in, probabilities out, a DataFrame with
         a column a class by its name, on a CUDA device where there is one, else, or with `model_config={"device":
         "cpu"}`, on the CPU. Its `params` choose the prior, see `ServedClassifier.predict`. `made_of` is kept as the

@@ -22,7 +22,7 @@ from fedfactory_ray.cluster.plan import Worker, make_plan
 from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.errors import ConfigError, DataInvalidError, ResourcesError
 from fedfactory_ray.pipeline.session import Session, open_session, run_name
-from fedfactory_ray.pipeline.survey import read_images, streams, survey
+from fedfactory_ray.pipeline.survey import check_offered, read_images, streams, survey
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import BEST_CONFIG, CENTRALISED, METHOD, TRIAL, TUNE, study_name, trial_folder
@@ -183,6 +183,7 @@ def make_jobs(
         elif not sum(info.counts["val"]):
             raise DataInvalidError(trial.config.data.source, "no val images", "a validation split, to tune on it")
         if method == METHOD:
+            check_offered(trial.config, partition, info.class_names)
             check_validation(trial.config, partition)
         agreed = trial.config.with_class_names(info.class_names)
         sessions.append(session.other(config=agreed, info=info, partition=partition))

@@ -104,6 +104,19 @@ def _facts(storage: Storage) -> Facts:
     )
 
 
+def classes_held(storage: Storage) -> dict[str, list[int]]:
+    """The clients of a run and the classes of each, also those of which they offer no module. Raises UnlearningError
+    where the partition's file is damaged."""
+    summary = storage.read_json(layout.PARTITION)
+    try:
+        rows = zip(summary["clients"], summary["counts"], strict=True)
+        return {client: [label for label, n in enumerate(row) if n] for client, row in rows}
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnlearningError(
+            f"{storage.uri}/{layout.PARTITION} is damaged ({error})"[:300], "the file as it was"
+        ) from error
+
+
 def alike(scores: Any) -> dict[str, float]:
     """Of an evaluation's scores those of the rule with the classes alike, by their bare names. Earlier versions told
     the factory's by that rule alone."""

@@ -20,6 +20,7 @@ from fedfactory_ray.storage.files import TEMPORARY, Storage
 from fedfactory_ray.storage.layout import CERTIFICATE, CONFIG, ENVIRONMENT, FORGETTING, FORGOTTEN, PENDING
 from fedfactory_ray.storage.lease import hold
 from fedfactory_ray.tracking import runs as tracking
+from fedfactory_ray.unlearning.artifacts import Needles, artifacts_with
 from fedfactory_ray.unlearning.certificate import (
     Certificate,
     audit_lines,
@@ -31,7 +32,7 @@ from fedfactory_ray.unlearning.certificate import (
 )
 from fedfactory_ray.unlearning.deletion import HELD, delete_run, delete_traces, find_traces
 from fedfactory_ray.unlearning.doubts import ask_canaries, doubts_of_new, find_doubts, refuse_doubts
-from fedfactory_ray.unlearning.facts import Facts, read_facts, refuse_damaged
+from fedfactory_ray.unlearning.facts import Facts, classes_held, read_facts, refuse_damaged
 from fedfactory_ray.unlearning.report import log_certificate
 from fedfactory_ray.unlearning.request import Request, make_request
 from fedfactory_ray.unlearning.residue import deleted_content, files_to_go, left_in_new, left_in_old, refuse_residue
@@ -54,12 +55,15 @@ def forget(
     one's folder; (2) copy what did not depend on the clients; (3) run all phases, which make what is missing, and check
     the result; (4) leave a note in the old run, which is refused from then on; (5) delete it, and what MLflow has of
     it; (6) certificate and audit lines. The same call goes on after step 1 from wherever it was stopped; after step 6
-    it returns the certificate. Raises UnlearningError, ForgottenError, RunConflictError for settings that are not the
-    old run's, or FolderHeldError where somebody works on either run.
+    it deletes what earlier versions or others left in MLflow, and returns the certificate. Raises UnlearningError,
+    ForgottenError, RunConflictError for settings that are not the old run's, or FolderHeldError where somebody works on
+    either run.
     """
     old = Storage(config.storage.uri).within(str(config.name))
     fulfilled = _fulfilled(old, clients, classes)
     if fulfilled is not None:
+        request = fulfilled.request
+        _clean_tracking(config, _traces(config, old, request), request, fulfilled.before, fulfilled.after)
         return fulfilled
     with hold(old, take_over=config.take_over):
         fulfilled = _fulfilled(old, clients, classes)  # it may have been, while this waited
@@ -125,10 +129,11 @@ def _asked(
     before = read_facts(old)
     theirs = old.read_json(CONFIG)
     claim(config.determining() | {k: v for k, v in theirs.items() if k == "modules"}, old)
-    held: dict[str, list[int]] = {}
-    for card in before.cards:
-        held.setdefault(card.client, []).append(card.label)
-    return make_request(str(config.name), held, config.partition.exclude, clients, classes, successor, asked_by)
+    held, gone = classes_held(old), config.partition.exclude
+    request = make_request(str(config.name), held, gone, clients, classes, successor, asked_by)
+    if not modules_left(request, before):
+        raise UnlearningError(f"run {request.run} would have no module left", "a run of at least one other module")
+    return request
 
 
 def refuse_other(old: Storage, request: Request, note: str) -> None:
@@ -207,6 +212,16 @@ def _traces(config: Config, old: Storage, request: Request) -> dict[str, list[st
     return found
 
 
+def _clean_tracking(
+    config: Config, traces: dict[str, list[str]], request: Request, before: Facts, after: Facts
+) -> None:
+    """Delete from MLflow what is known of the forgotten, and what else tells something of them by its content."""
+    client, experiment_id = tracking.tracking_client(config)
+    delete_traces(client, traces)
+    for artifact in artifacts_with(client, experiment_id, traces["parents"], Needles.of(request, before, after)):
+        artifact.delete()
+
+
 def without(config: Config, request: Request, before: Facts, precision: str | None) -> Config:
     """The config of the new run: that of the old, less whom it forgets; no reference, for that saw their images. It
     computes in the `precision` of the modules that are kept, where that is given."""
@@ -259,7 +274,7 @@ def _finish(config: Config, old: Storage, new: Storage, console: Console, *, all
                 old.create(FORGOTTEN, json.dumps(started["request"], indent=2, sort_keys=True).encode())
             refuse_other(old, request, FORGOTTEN)
             delete_run(old)
-            delete_traces(tracking.tracking_client(config)[0], traces)
+            _clean_tracking(config, traces, request, before, after)
         refuse_residue(left_in_old(old))
         certificate = Certificate(
             request=request,

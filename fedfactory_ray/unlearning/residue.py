@@ -15,7 +15,7 @@ from fedfactory_ray.storage.files import TEMPORARY, Storage
 from fedfactory_ray.storage.lease import Holder
 from fedfactory_ray.unlearning.certificate import Certificate, audit_lines
 from fedfactory_ray.unlearning.deletion import HELD, LEFT
-from fedfactory_ray.unlearning.facts import AT_ONCE, Facts, weights
+from fedfactory_ray.unlearning.facts import AT_ONCE, Facts, classes_held, weights
 from fedfactory_ray.unlearning.request import Request
 
 TEXTS = layout.FILES - {layout.INDICES, layout.TABLE, layout.PLOT}
@@ -56,7 +56,7 @@ def left_in_new(new: Storage, after: Facts) -> list[str]:
     accounted = weights(after)
     cards = {f"{posixpath.dirname(name)}/{layout.CARD}" for name in accounted}
     units = {shard.file for shard in after.shards}
-    clients = {card.client for card in after.cards}
+    clients = classes_held(new)
     lone = layout.lone_classifier("")
     ours = lone if after.classifier is None else f"{lone}|{layout.METHOD}/"
     compared = [rf"{layout.CLASSIFIERS}/(?!{ours})[^/]+"]

@@ -56,7 +56,8 @@ def plan_reuse(config: Config, partition: Partition, task: Task, before: Facts) 
     A unit stays if it has as many images as before. A classifier or expert stays only if its fingerprint can be
     computed before anything is drawn, and is what it was: then it saw no row that goes.
     """
-    left = [card for card in before.cards if card.label in partition.shares.get(card.client, {})]
+    offered = partition.offered(config.generator.min_images).shares
+    left = [card for card in before.cards if card.label in offered.get(card.client, {})]
     found = units_left(config, left, before)
     kept = [shard for _, shard in found if shard is not None]
     new_labels = {unit.label for unit, shard in found if shard is None}

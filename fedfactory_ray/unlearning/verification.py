@@ -23,6 +23,7 @@ from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.plan import make_units
 from fedfactory_ray.synthesis.shard import Shard, read_shard
 from fedfactory_ray.tracking import runs as tracking
+from fedfactory_ray.unlearning.artifacts import Needles, artifacts_with
 from fedfactory_ray.unlearning.certificate import Certificate, audit_lines, what_stayed, what_went
 from fedfactory_ray.unlearning.deletion import find_traces, traces_left
 from fedfactory_ray.unlearning.facts import AT_ONCE, Facts, differing_weights, read_facts
@@ -136,7 +137,10 @@ def verify(
         folders = [new.parent.within(line["request"]["run"]).uri for line in audit_lines(old)]
         found = find_traces(client, experiment_id, folders, request.clients)
         known = {kind: sorted({*ids, *found[kind]}) for kind, ids in certificate.mlflow.items()}
-        return traces_left(client, known | {"models": certificate.mlflow["models"]})
+        left = traces_left(client, known | {"models": certificate.mlflow["models"]})
+        needles = Needles.of(request, certificate.before, after)
+        runs = [*found["parents"], *tracking.runs_of(client, experiment_id, new.uri)]
+        return left + [f"{each.uri}/{each.path}" for each in artifacts_with(client, experiment_id, runs, needles)]
 
     checks = [
         _check("the certificate agrees with itself", lambda: contradictions(certificate)),
