@@ -5,6 +5,7 @@ Phases import what loads torch when they need it: clients are at work before the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from fedfactory_ray.baselines.centralised import real_rows, real_validation_rows
 from fedfactory_ray.classification.rows import Rows, shard_rows, validation_rows
 from fedfactory_ray.federation.round import run_round
 from fedfactory_ray.generation.card import ModuleHandle, Modules
+from fedfactory_ray.generation.divergence import read_divergences
 from fedfactory_ray.pipeline.listeners import (
     ClassifierListener,
     ExpertsListener,
@@ -38,6 +40,9 @@ if TYPE_CHECKING:
     from fedfactory_ray.classification.card import Classifier
     from fedfactory_ray.classification.prediction import Entry, TestResult
     from fedfactory_ray.federation.experts import Experts
+
+
+log = logging.getLogger(__name__)
 
 
 def run(config: Config, console: Console) -> Report:
@@ -79,6 +84,11 @@ def train_modules(session: Session, listeners: Listeners) -> Modules:
     with session.phase("modules"), ModulesListener(listeners, steps) as listen:
         modules = run_round(config, partition, session.plan.client, session.storage, listen)
         listen.update(steps)
+    offered = {label for _, label in modules}
+    absent = sorted({label for _, label, _ in partition} - offered)
+    if absent:
+        names = ", ".join(session.info.class_names[label] for label in absent)
+        log.warning("no module of class %s is left: no image of it is drawn", names)
     return modules
 
 
@@ -174,6 +184,9 @@ def evaluate_all(
     if experts:
         figures["experts"] = {client: judged.scalars() for client, judged in tested.experts.items()}
         figures["missing_experts"] = experts.missing
+    left_out = read_divergences(session.storage)
+    if left_out:
+        figures["left_out"] = [note.to_tree() for note in left_out]
     for ours, gained in tested.differences.items():
         figures[f"{ours}_less"] = {method: difference.scalars() for method, difference in gained.items()}
     figures |= {"prior": tested.prior.tolist(), "predictions_sha256": tested.digests}

@@ -29,7 +29,8 @@ COMPARED = {
 class Report:
     """What a finished run tells: seconds a phase, images and bytes, and an evaluation for each classifier.
 
-    `main` is the evaluation that the job is about. With experts: each alone, by client, and why an expert is missing.
+    `main` is the evaluation that the job is about. With experts: each alone, by client, and why an expert is missing;
+    `left_out` are the modules, a text each, that the run goes without.
     `differences` tell what the product and Architecture I's classifier gain on each other classifier.
     """
 
@@ -48,6 +49,7 @@ class Report:
     experts: dict[str, Judged]
     differences: dict[str, dict[str, Difference]]
     missing: dict[str, str]
+    left_out: tuple[str, ...] = ()
 
 
 def partition_table(partition: Partition, info: DataInfo, most: int = 20) -> PlainTable:
@@ -89,6 +91,8 @@ def report_table(report: Report) -> PlainTable:
     table.add_row("majority class", f"{main.majority:.4f}", end_section=True)
     for client, why in report.missing.items():
         table.add_row(f"expert of {client} MISSING", why[:60])
+    for each in report.left_out:
+        table.add_row("module LEFT OUT", each)
     table.add_row("modules uploaded, once", f"{report.modules} ({report.uploaded_bytes / 1e6:.2f} MB)")
     if report.experts:
         table.add_row("modules of others, downlinks", f"{report.downlink_bytes / 1e6:.2f} MB")

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedfactory_ray.classification.rules import ANNOUNCED
 from fedfactory_ray.generation.card import Modules
+from fedfactory_ray.generation.divergence import read_divergences
 from fedfactory_ray.pipeline.listeners import Listeners
 from fedfactory_ray.pipeline.report import Report
 from fedfactory_ray.pipeline.session import Session
@@ -71,6 +72,7 @@ def make_report(session: Session, results: Results, models: dict[str, str]) -> R
         experts=tested.experts,
         differences=tested.differences,
         missing=experts.missing if experts else {},
+        left_out=tuple(map(str, read_divergences(session.storage))),
     )
 
 
@@ -82,6 +84,8 @@ def log_results(session: Session, listeners: Listeners, results: Results) -> dic
         log_evaluation(session, tested)
         run.json(session.storage.read_json(PARTITION), PARTITION)
         run.json([vars(handle.card) for handle in results.modules.values()], "modules.json")
+        for note in read_divergences(session.storage):
+            run.tag(f"left_out.{note.client}.{note.label}", f"training diverged: {note.why}")
         models = log_models(session, results)
         run.metrics(tested.evaluations[session.config.main_method].scalars())
         run.metrics({"uploaded_bytes": uploaded_bytes(results.modules)})

@@ -11,6 +11,8 @@ CENTRALISED, LOCAL = "centralised", "local"
 
 CARD, WEIGHTS = "card.json", "model.safetensors"
 """Files of an artefact's folder: what it is, written last; and its weights."""
+DIVERGED = "diverged.json"
+"""In the place of a module's card and weights: its training diverged, and the run goes on without it."""
 
 SNAPSHOT = "training.safetensors"
 """The file of a checkpoint of a module's training."""

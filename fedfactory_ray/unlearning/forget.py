@@ -35,7 +35,7 @@ from fedfactory_ray.unlearning.facts import Facts, read_facts, refuse_damaged
 from fedfactory_ray.unlearning.report import log_certificate
 from fedfactory_ray.unlearning.request import Request, make_request
 from fedfactory_ray.unlearning.residue import deleted_content, files_to_go, left_in_new, left_in_old, refuse_residue
-from fedfactory_ray.unlearning.reuse import copy_files, modules_left, plan_reuse
+from fedfactory_ray.unlearning.reuse import clients_left, copy_files, modules_left, plan_reuse
 
 
 def forget(
@@ -126,9 +126,12 @@ def _asked(
     theirs = old.read_json(CONFIG)
     claim(config.determining() | {k: v for k, v in theirs.items() if k == "modules"}, old)
     held: dict[str, list[int]] = {}
-    for card in before.cards:
-        held.setdefault(card.client, []).append(card.label)
-    return make_request(str(config.name), held, config.partition.exclude, clients, classes, successor, asked_by)
+    for client, label in [card.key for card in before.cards] + [each.key for each in before.divergences]:
+        held.setdefault(client, []).append(label)
+    request = make_request(str(config.name), held, config.partition.exclude, clients, classes, successor, asked_by)
+    if not modules_left(request, before):
+        raise UnlearningError(f"run {config.name} would have no module left", "a run of at least one other module")
+    return request
 
 
 def refuse_other(old: Storage, request: Request, note: str) -> None:
@@ -170,7 +173,7 @@ def _checked(config: Config, old: Storage, request: Request, *, allow_inexact: b
     refuse_taken(new)
     connect()
     refuse_damaged(config, old, before)
-    here = ask_canaries(config, [card.client for card in modules_left(request, before)])
+    here = ask_canaries(config, clients_left(request, before))
     doubts = find_doubts(config, request, before, old.read_json(ENVIRONMENT), here)
     refuse_doubts(config, doubts, allowed=allow_inexact)
     _traces(config, old, request)
@@ -231,7 +234,7 @@ def _finish(config: Config, old: Storage, new: Storage, console: Console, *, all
     traces = _traces(config, old, request)
     connect()
     wanted, parent = without(config, request, before, started.get("precision")), traces["parents"][0]
-    here = ask_canaries(wanted, [card.client for card in modules_left(request, before)])
+    here = ask_canaries(wanted, clients_left(request, before))
     inexact = find_doubts(config, request, before, started["environment"], here)
     refuse_doubts(config, inexact, allowed=allow_inexact)
     with open_session(wanted, console, forgetting=True, parent=parent) as session:

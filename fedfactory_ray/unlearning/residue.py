@@ -55,7 +55,7 @@ def left_in_new(new: Storage, after: Facts) -> list[str]:
     one (a checkpoint, say) counts as left."""
     accounted = weights(after)
     cards = {f"{posixpath.dirname(name)}/{layout.CARD}" for name in accounted}
-    units = {shard.file for shard in after.shards}
+    units = {shard.file for shard in after.shards} | {note.mark(note.folder) for note in after.divergences}
     clients = {card.client for card in after.cards}
     lone = layout.lone_classifier("")
     ours = lone if after.classifier is None else f"{lone}|{layout.METHOD}/"

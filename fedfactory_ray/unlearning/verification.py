@@ -81,7 +81,8 @@ def contradictions(certificate: Certificate) -> list[str]:
     told = {kind: lines for kind, lines in certificate.deleted.items() if kind != "files"}
     wrong = ["what was deleted"] * (told != what_went(before, after))
     wrong += ["what was kept"] * (certificate.kept != what_stayed(before, after))
-    left = [f"a module of {card.client}, class {card.label}" for card in after.cards if request.forgets(*card.key)]
+    named = [card.key for card in after.cards] + [note.key for note in after.divergences]
+    left = [f"a module of {client}, class {label}" for client, label in named if request.forgets(client, label)]
     return wrong + left
 
 
