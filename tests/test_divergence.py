@@ -19,7 +19,7 @@ import ray
 import torch
 from conftest import write_npz
 from rich.console import Console
-from small_runs import Finished, copy_job, file_digests, run_here, small_config
+from small_runs import SMALL, Finished, copy_job, file_digests, run_here, small_config
 
 from fedfactory_ray.cluster.failures import find_refusal
 from fedfactory_ray.cluster.plan import Worker, make_plan, start_actor
@@ -42,6 +42,10 @@ from fedfactory_ray.unlearning.forget import forget
 from fedfactory_ray.unlearning.verification import verify
 
 COUNTS = [[40, 0, 10], [0, 25, 0], [0, 15, 30]]
+QUICK = {
+    "generator": SMALL["generator"] | {"min_steps": 8, "max_steps": 8},
+    "classifier": SMALL["classifier"] | {"epochs": 1},
+}
 LEFT_OUT = {"on_divergence": "leave_out", "max_actors": 1, "classifier": {"threads": 1}}
 OUT = Console(file=io.StringIO())
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find a test's module
@@ -184,7 +188,9 @@ GONE = (("client-000", 0), ("client-002", 1))
 @pytest.fixture(scope="module")
 def finished(place: Path) -> Finished:
     partition = {"scheme": "skew", "counts": COUNTS}
-    config = small_config(place, place / "stripes.npz", architecture="both", partition=partition, resources=LEFT_OUT)
+    config = small_config(
+        place, place / "stripes.npz", architecture="both", partition=partition, resources=LEFT_OUT, **QUICK
+    )
     with clients_diverge(place / "begun", *GONE):
         return run_here(config, place)
 

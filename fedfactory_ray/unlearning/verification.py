@@ -27,7 +27,7 @@ from fedfactory_ray.unlearning.certificate import Certificate, audit_lines, what
 from fedfactory_ray.unlearning.deletion import find_traces, traces_left
 from fedfactory_ray.unlearning.facts import AT_ONCE, Facts, differing_weights, read_facts
 from fedfactory_ray.unlearning.request import Request
-from fedfactory_ray.unlearning.residue import deleted_content, left_in_new, left_in_old, misplaced
+from fedfactory_ray.unlearning.residue import deleted_content, left_in_new, left_in_old, misplaced, untold
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ def verify(
 
     def files() -> list[str]:
         found = left_in_old(old) + left_in_new(new, after) + misplaced(old, old=True) + misplaced(new)
+        found += untold(new, [entry for entry in request.exclude if "/" not in entry])
         found += [each for run in (old, new) for each in deleted_content(run, certificate.deleted)]
         return list(dict.fromkeys(found))
 
