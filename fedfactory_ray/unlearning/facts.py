@@ -16,7 +16,7 @@ from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage import layout
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.plan import make_units
-from fedfactory_ray.synthesis.shard import Shard, manifest_digest
+from fedfactory_ray.synthesis.shard import Shard, manifest_digest, read_manifest
 
 AT_ONCE = 16
 
@@ -93,7 +93,7 @@ def read_facts(storage: Storage) -> Facts:
 
 
 def _facts(storage: Storage) -> Facts:
-    manifest = [Shard.from_tree(line) for line in storage.read_json(layout.MANIFEST)]
+    manifest = read_manifest(storage)
     evaluation = storage.read_json(layout.EVALUATION)
     # What was evaluated counts: jobs/compare.py may have fitted more in the same folder.
     found = map(layout.EXPERT_CARD.fullmatch, storage.names(layout.EXPERTS))

@@ -9,11 +9,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 
-from fedfactory_ray.data.partition import Partition, partition_summary
+from fedfactory_ray.data.partition_files import read_partition
 from fedfactory_ray.errors import FedFactoryError, UnlearningError
 from fedfactory_ray.pipeline import phases
 from fedfactory_ray.pipeline.session import refuse_forgotten
@@ -65,13 +63,7 @@ def differences(ours: Facts, theirs: Facts) -> list[str]:
 
 def wrong_partition(new: Storage, after: Facts) -> list[str]:
     """The partition's files, where they are not what the certificate says, or not of one another."""
-    summary = new.read_json(layout.PARTITION)
-    try:
-        table = pq.read_table(new.path(layout.INDICES), filesystem=new.filesystem)
-        partition = Partition.from_table(table, len(summary["counts"][0]))
-        same = summary == partition_summary(partition) and partition.sha256 == after.partition_sha256
-    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError):  # each a way of being none
-        same = False
+    same = read_partition(new).sha256 == after.partition_sha256
     return [] if same else [f"{layout.INDICES} and {layout.PARTITION}"]
 
 
