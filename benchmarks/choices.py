@@ -54,14 +54,14 @@ def expert_logits(config: Config, uri: str, client: str) -> Any:
     from fedfactory_ray.data.source import Task
     from fedfactory_ray.federation.expert import assign, fit_expert
     from fedfactory_ray.storage.files import Storage
-    from fedfactory_ray.synthesis.shard import Shard
+    from fedfactory_ray.synthesis.shard import read_manifest
 
     device = prepare_process(config.resources.client.threads, torch.device("cpu"))
     storage, source = Storage(uri), open_source(config.data)
     real = source.images("val")
     task = Task(len(source.class_names), real.shape[3], real.shape[1])
     partition = read_partition(storage, task.classes)
-    manifest = [Shard.from_tree(line) for line in storage.read_json(layout.MANIFEST)]
+    manifest = read_manifest(storage)
     network = make_classifier(config.classifier.model, task, config.classifier.norm)
     with tempfile.TemporaryDirectory() as scratch:
         os.symlink(storage.path(layout.SYNTHETIC), f"{scratch}/{layout.SYNTHETIC}")

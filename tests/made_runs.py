@@ -21,10 +21,11 @@ from small_runs import small_config
 
 from fedfactory_ray.classification.card import Classifier, Expert
 from fedfactory_ray.data.partition import Partition, make_partition, partition_summary
+from fedfactory_ray.data.partition_files import save_partition
 from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.generation.card import ModuleCard, read_cards
 from fedfactory_ray.pipeline import phases
-from fedfactory_ray.pipeline.session import Session, claim, save_partition
+from fedfactory_ray.pipeline.session import Session, claim
 from fedfactory_ray.settings.command_line import stored_config
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage import layout

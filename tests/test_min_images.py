@@ -78,7 +78,7 @@ def test_a_person_is_told_who_keeps_what_and_which_class_nobody_offers(caplog: p
     assert " 40 " in shown
     assert "3 of 5 shares, 25 images stay at home" in " ".join(shown.split())
     assert told_at_home(PARTITION, INFO, 20) == ["north class dog (19)", "south class dog (5)", "east class cat (1)"]
-    assert absent_classes(PARTITION, INFO, 20) == ["dog"]
+    assert absent_classes([(client, label) for client, label, _ in PARTITION.offered(20)], INFO) == ["dog"]
     with caplog.at_level(logging.WARNING):
         check_offered(Config(), PARTITION, INFO.class_names)
     assert "nobody may offer class dog" in caplog.text

@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -20,7 +21,8 @@ from small_runs import copy_job
 from fedfactory_ray.errors import FolderHeldError, UnlearningError
 from fedfactory_ray.pipeline import phases
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import CERTIFICATE, FORGOTTEN, PENDING
+from fedfactory_ray.storage.layout import CERTIFICATE, FORGOTTEN, OUTBOX, PENDING
+from fedfactory_ray.tracking.outbox import Entry
 from fedfactory_ray.unlearning import forget as forgetting
 from fedfactory_ray.unlearning.artifacts import Needles
 from fedfactory_ray.unlearning.certificate import Certificate
@@ -191,6 +193,11 @@ def put(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
+def unsent(client: str) -> bytes:
+    """What MLflow did not take: that a client's run begins."""
+    return json.dumps(asdict(Entry("0" * 16, "begin", "key", client))).encode() + b"\n"
+
+
 def scores(old: Path, new: Path, origin: Path) -> None:
     tree = json.loads((new / "evaluation.json").read_text())
     tree["product"]["accuracy"] += 0.01
@@ -239,6 +246,9 @@ TAMPERED: dict[str, tuple[str, Callable[[Path, Path, Path], Any]]] = {
     "changed scores": (RUN, scores),
     "edited together": ("MLflow's copy of the certificate is this one", edited),
     "another request's note": (NOTE, lambda o, n, a: rewrite(o / FORGOTTEN, exclude=["client-001"])),
+    "what MLflow lacks of them": (FILES, lambda o, n, a: put(n / OUTBOX, unsent("client-003"))),
+    "module as what MLflow lacks": (FILES, lambda o, n, a: put(n / OUTBOX, module(a))),
+    "what MLflow lacked, in the old run": (FILES, lambda o, n, a: put(o / OUTBOX, unsent("client-001"))),
     "no note": (NOTE, lambda o, n, a: (o / FORGOTTEN).unlink()),
     "garbage manifest": (RUN, lambda o, n, a: put(n / "manifest.json", b"\xff[")),
     "empty partition": (PARTITIONS, lambda o, n, a: put(n / "partition.json", b"")),
@@ -276,6 +286,17 @@ def failing(folder: Path) -> list[str]:
     """The checks that fail."""
     _, checks = verify(f"{folder}/runs/{NEW}/{CERTIFICATE}", config_of(folder, NEW), OUT)
     return [each.name for each in checks if each.wrong]
+
+
+def test_what_mlflow_lacks_of_the_forgotten_goes_and_of_others_is_no_residue(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_ray(monkeypatch)
+    put(place / "runs" / "small" / OUTBOX, unsent("client-003"))
+    ask(place, "client-003")
+    assert not list(place.rglob(OUTBOX))
+    put(place / "runs" / NEW / OUTBOX, unsent("client-001"))
+    assert failing(place) == []
 
 
 @pytest.mark.parametrize("what", TAMPERED)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlflow
@@ -26,9 +29,12 @@ from fedfactory_ray.errors import TrackingError
 from fedfactory_ray.federation.client import Progress
 from fedfactory_ray.settings.command_line import make_config
 from fedfactory_ray.settings.config import Config
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import OUTBOX
 from fedfactory_ray.tracking import runs as tracking
 from fedfactory_ray.tracking.curves import ClientRun
-from fedfactory_ray.tracking.runs import Run, start_run, tracking_client, tracking_uri
+from fedfactory_ray.tracking.outbox import PARENT, Entry, Outbox, read_outbox
+from fedfactory_ray.tracking.runs import DESCRIPTION, Run, runs_of, start_run, tracking_client, tracking_uri
 from fedfactory_ray.tracking.served_classifier import BATCH_SIZE, _load_pyfunc
 
 TASK = Task(3, 1, 8)
@@ -137,7 +143,7 @@ class Broken:
 
 def test_curves_that_grow_wait_and_are_whole_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = f"sqlite:///{tmp_path}/mlflow.db"
-    run = start_run(make_config(overrides=["--tracking.uri", store]), "curves", "here")
+    run = start_run(make_config(overrides=["--tracking.uri", store]), "curves", str(tmp_path / "run"))
     client = mlflow.MlflowClient(store)
 
     def logged() -> list[tuple[int, float]]:
@@ -154,10 +160,9 @@ def test_curves_that_grow_wait_and_are_whole_at_the_end(tmp_path: Path, monkeypa
     broken = Broken(run.client.log_batch)
     monkeypatch.setattr(run.client, "log_batch", broken)
     run.end("FAILED")
-    assert client.get_run(run.id).info.status == "FAILED", "the end is told though the server failed just now"
     broken.mended = True
     run.patience.silent_until = 0.0
-    run.flush()
+    run.outbox.drain()
     assert logged() == [(1, 0.5), (2, 0.25), (3, 0.125)]
 
 
@@ -206,12 +211,18 @@ class Away:
             raise MlflowException("the store is away\nand a traceback")
         self.points += [(metric.key, metric.step, metric.value) for metric in metrics]
 
-    def set_terminated(self, run_id: str, status: str) -> None:
+    def set_terminated(self, run_id: str, status: str, end_time: int) -> None:
         if self.away:
             raise ConnectionError("refused")
 
     def create_run(self, *_: Any, **__: Any) -> Any:
-        raise MlflowException("the store is away")
+        if self.away:
+            raise MlflowException("the store is away")
+        return SimpleNamespace(info=SimpleNamespace(run_id="made"))
+
+    def log_text(self, *_: Any) -> None:
+        if self.away:
+            raise MlflowException("the store is away")
 
 
 def test_a_store_that_fails_costs_no_run_is_told_once_and_gets_later_what_waited(
@@ -220,23 +231,144 @@ def test_a_store_that_fails_costs_no_run_is_told_once_and_gets_later_what_waited
     clock = [1000.0]
     monkeypatch.setattr("fedfactory_ray.tracking.patience.time.monotonic", lambda: clock[0])
     client = Away()
-    run = Run(client, "0", "id")
+    client.away = False
+    outbox = Outbox(client, "0")  # type: ignore[arg-type]
+    run = Run(outbox, outbox.begin("job", {}))
+    client.away = True
     with caplog.at_level(logging.INFO, "fedfactory_ray"):
         run.grow([("loss", 1, 0.5)])
         run.flush()
         child = run.child("client-000")
         child.metrics({"images": 3})
         run.params({"seed": 1})
+        run.text("text", "text.txt")
         assert caplog.messages == ["MLflow takes nothing (the store is away): the run goes on without it"]
         client.away = False
         run.flush()
         assert client.points == [], "nobody asks a store that failed again at once"
         clock[0] += 61
-        run.flush()
-        assert client.points == [("loss", 1, 0.5)]
+        run.metrics({"accuracy": 0.25})
+        assert client.points == [("loss", 1, 0.5), ("images", 0, 3.0), ("accuracy", 0, 0.25)]
         run.end()
     assert len(caplog.messages) == 2
-    assert "MLflow lacks" in caplog.messages[1]
+    assert "MLflow lacks 1 files" in caplog.messages[1]
+
+
+# What waits for a store that is away
+
+
+def points_of(store: str, folder: str) -> dict[str, Any]:
+    """All that a store tells of the runs of a folder, by name, but their times."""
+    client = mlflow.MlflowClient(store)
+    found = {}
+    for parent in runs_of(client, "1", folder):
+        for run in [client.get_run(parent), *client.search_runs(["1"], f"tags.`mlflow.parentRunId` = '{parent}'")]:
+            curves = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
+            found[run.info.run_name] = (
+                run.info.status,
+                {name: value for name, value in run.data.params.items() if name != "tracking.uri"},
+                {name: [(point.step, point.value) for point in curve] for name, curve in curves.items()},
+                {name: text for name, text in run.data.tags.items() if name in ("late", DESCRIPTION)},
+            )
+    return found
+
+
+def job(config: Config, folder: str, away: Callable[[], None] = lambda: None) -> Run:
+    """A job's run of which the store may be `away` after the start."""
+    run = start_run(config, "job", folder)
+    away()
+    child = run.child("client-000")
+    child.grow([("loss_class_1", step, 1 / step) for step in range(1, 2000)])
+    child.metrics({"images": 3, "loss": float("nan")})
+    run.metrics({"accuracy": 0.5})
+    run.tag("late", "yes")
+    run.end("FAILED", "why it failed")
+    return run
+
+
+def test_what_a_store_did_not_take_is_sent_by_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(tmp_path / "run")
+    stores = {name: f"sqlite:///{tmp_path}/{name}/store.db" for name in ("whole", "broken")}
+    for name in stores:
+        (tmp_path / name).mkdir()
+    config = {name: Config.model_validate({"tracking": {"uri": store}}) for name, store in stores.items()}
+    job(config["whole"], folder)
+    expected = points_of(stores["whole"], folder)
+    assert expected["job"][0] == "FAILED"
+    assert len(expected["client-000"][2]["loss_class_1"]) == 1999
+
+    with monkeypatch.context() as patch:
+
+        def away() -> None:
+            for name in ("create_run", "log_batch", "set_tag", "set_terminated"):
+                patch.setattr(mlflow.MlflowClient, name, Broken(lambda: None))
+
+        job(config["broken"], folder, away)
+    storage = Storage(folder)
+    assert storage.exists(OUTBOX)
+    assert list(points_of(stores["broken"], folder)) == ["job"]
+    start_run(config["whole"], "other store", folder).end()
+    assert storage.exists(OUTBOX), "what waits for one store is not sent to another"
+
+    again = start_run(config["broken"], "again", folder)
+    assert not storage.exists(OUTBOX)
+    again.end()
+    found = points_of(stores["broken"], folder)
+    assert str({name: found[name] for name in expected}) == str(expected)  # as texts: NaN is not equal to NaN
+
+
+def test_what_a_store_refuses_is_given_up_and_the_rest_is_sent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = f"sqlite:///{tmp_path}/store.db"
+    config, folder = Config.model_validate({"tracking": {"uri": store}}), str(tmp_path / "run")
+    start_run(config, "first", folder).end()
+    outbox = Outbox(*tracking_client(config), store, Storage(folder))
+    waits = [
+        Entry(outbox.store, "tag", "0" * 32, texts={"a": "b"}),
+        Entry(outbox.store, "begin", "later", name="begun later", texts={PARENT: "0" * 32}),
+        Entry(outbox.store, "points", "later", points=[("loss", 1, 0.5, 1)]),
+    ]
+    text = "".join(f"{json.dumps(vars(entry))}\n" for entry in waits)
+    Storage(folder).write(OUTBOX, f'{text}half a li\n{{"store": "x", "call": "abort", "run": ""}}\n'.encode())
+    with caplog.at_level(logging.WARNING, "fedfactory_ray"):
+        start_run(config, "second", folder).end()
+    assert [message for message in caplog.messages if "2 lines are damaged" in message and OUTBOX in message]
+    assert [message for message in caplog.messages if "refuses an entry" in message]
+    (found,) = mlflow.MlflowClient(store).search_runs(["1"], "attributes.run_name = 'begun later'")
+    assert found.data.metrics == {"loss": 0.5}
+    assert not Storage(folder).exists(OUTBOX)
+
+
+def test_what_waits_is_kept_in_a_bucket_too(bucket: str) -> None:
+    client, storage = Away(), Storage(f"{bucket}/run")
+    outbox = Outbox(client, "0", "", storage)  # type: ignore[arg-type]
+    Run(outbox, outbox.begin("job", {})).end()
+    assert [entry.call for entry in read_outbox(storage)] == ["begin", "end"]
+    client.away = False
+    Outbox(client, "0", "", storage).drain()  # type: ignore[arg-type]
+    assert not storage.exists(OUTBOX)
+
+
+def test_a_jobs_end_waits_ten_seconds_at_most_for_a_store_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    client = Away()
+    client.away = False
+    outbox = Outbox(client, "0", "", Storage(str(tmp_path)))  # type: ignore[arg-type]
+    run = Run(outbox, outbox.begin("job", {}))
+    monkeypatch.setattr("fedfactory_ray.tracking.outbox.END_SECONDS", 0.1)
+    monkeypatch.setattr(client, "set_terminated", lambda *_: released.wait())
+    monkeypatch.setattr(client, "log_batch", Broken(lambda: None))
+    run.metrics({"accuracy": 0.5})
+    monkeypatch.setattr(client, "log_batch", lambda *_, **__: released.wait())
+    run.end()
+    assert [(entry.call, entry.name) for entry in read_outbox(Storage(str(tmp_path)))] == [
+        ("points", ""),
+        ("end", "FINISHED"),
+    ]
+    released.set()
 
 
 @pytest.mark.parametrize("kind", ["dead", "scheme", "folder", "deleted", "file"])

@@ -30,6 +30,7 @@ from fedfactory_ray.comparison.report import (
     over_seeds,
 )
 from fedfactory_ray.errors import ConfigError
+from fedfactory_ray.generation.divergence import read_divergences
 from fedfactory_ray.pipeline import phases
 from fedfactory_ray.pipeline.listeners import FederatedListener, Listeners
 from fedfactory_ray.pipeline.report import partition_table
@@ -141,7 +142,10 @@ def compare_once(config: Config, methods: Sequence[str], console: Console) -> Co
         order = [CENTRALISED, MEAN, BEST, ENSEMBLE, *federated, FACTORY, LONE, FACTORY_II]
         found = [replace(lines[name], scores=scores[name]) for name in order if name in lines]
         missing = tuple(experts.missing) if experts else ()
-        comparison = Comparison(session.name, session.storage.uri, found, curves, missing, tuple(diverged), gained)
+        left_out = tuple(map(str, read_divergences(session.storage))) if draws else ()
+        comparison = Comparison(
+            *(session.name, session.storage.uri, found, curves, missing, tuple(diverged), gained), left_out=left_out
+        )
         session.storage.write_json(TABLE, comparison.to_json())
         picture = BytesIO()
         draw(comparison).savefig(picture, format="png")

@@ -53,7 +53,8 @@ class MethodLine:
 @dataclass(frozen=True)
 class Comparison:
     """What a comparison on one seed, or over several, tells; `curves` are validation accuracies by round. Architecture
-    II's line is without the experts of the clients `missing`; methods that `diverged` at once are untrained; `gained`
+    II's line is without the experts of the clients `missing`; both of the factory's are without the modules `left_out`,
+    a text each; methods that `diverged` at once are untrained; `gained`
     tells, by "first less second", what a method gains on another. All intervals cover the sampling of test images only
     where `seeds` is 1, else the variation over seeds: partitions and fits, on the same test images."""
 
@@ -65,6 +66,7 @@ class Comparison:
     diverged: tuple[str, ...] = ()
     gained: dict[str, Difference] = field(default_factory=dict)
     seeds: int = 1
+    left_out: tuple[str, ...] = ()
 
     @property
     def intervals(self) -> str:
@@ -77,6 +79,7 @@ class Comparison:
             "lines": [vars(line) for line in self.lines],
             "missing": self.missing,
             "diverged": self.diverged,
+            "left_out": self.left_out,
             "gained": {name: each.scalars() for name, each in self.gained.items()},
             "intervals": self.intervals,
         }
@@ -109,9 +112,9 @@ def over_seeds(found: Sequence[Comparison]) -> Comparison:
             )
         )
     name = f"{found[0].name}-and-{len(found) - 1}-more-seeds"
-    missing, diverged = (
+    missing, diverged, left_out = (
         tuple(f"{one} ({comparison.name})" for comparison in found for one in getattr(comparison, kind))
-        for kind in ("missing", "diverged")
+        for kind in ("missing", "diverged", "left_out")
     )
     gained = {
         pair: Difference(
@@ -122,7 +125,8 @@ def over_seeds(found: Sequence[Comparison]) -> Comparison:
         )
         for pair in found[0].gained
     }
-    return Comparison(name, found[0].storage, lines, found[0].curves, missing, diverged, gained, len(found))
+    several = len(found)
+    return Comparison(name, found[0].storage, lines, found[0].curves, missing, diverged, gained, several, left_out)
 
 
 def score_text(scores: dict[str, float], score: str) -> str:
@@ -151,6 +155,7 @@ def comparison_table(comparison: Comparison) -> PlainTable:
     notes = [NOTE, f"95 % intervals: {comparison.intervals}"]
     if comparison.missing:
         notes.append(f"{FACTORY_II} is without the experts of {', '.join(comparison.missing)}")
+    notes += [f"left out: {each}" for each in comparison.left_out]
     if comparison.diverged:
         notes.append(f"diverged at once, shown untrained: {', '.join(comparison.diverged)}")
     for pair, gain in comparison.gained.items():

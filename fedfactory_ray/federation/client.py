@@ -16,6 +16,7 @@ from fedfactory_ray.cluster.plan import MODULES_AT_ONCE, Worker, placement, star
 from fedfactory_ray.data.partition import own_indices
 from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.generation.card import ModuleCard, module_fingerprint
+from fedfactory_ray.generation.divergence import Divergence
 from fedfactory_ray.seeds import derive_seed
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.artefact import find, fingerprint, keep
@@ -98,16 +99,16 @@ class ClientActor(ClientSlot):
         natural = self.config.partition.scheme == "natural"
         return scratch_of(self.storage, self.config.storage.scratch) if natural else self.storage
 
-    def train(self, client: str, share: dict[int, np.ndarray]) -> Iterator[Progress | Upload | bytes]:
+    def train(self, client: str, share: dict[int, np.ndarray]) -> Iterator[Progress | Divergence | Upload | bytes]:
         """Train a module for each class of `share` (class → places in the client's training split).
 
-        A stream of Progress; and for each module an Upload followed by its weights as bytes.
+        A stream of Progress; and for each module an Upload followed by its weights as bytes, or a Divergence.
         """
         device, source = self.device, self.source(client)
         node, gpus = ray.get_runtime_context().get_node_id(), tuple(map(str, ray.get_gpu_ids()))
         at_once = min(self.modules, modules_at_once(self.config.generator)) if device.type == "cuda" else 1
         for event in train_share(self.config, source, client, share, device, self.storage, at_once, self.scratch):
-            if isinstance(event, Progress):
+            if isinstance(event, Progress | Divergence):
                 yield event
             else:
                 card, weights, seconds = event
@@ -138,8 +139,9 @@ def train_share(
     storage: Storage,
     at_once: int = 1,
     scratch: Storage | None = None,
-) -> Iterator[Progress | tuple[ModuleCard, bytes, float]]:
-    """Train a client's modules where its images are; yields progress, and each module's card, weights and seconds.
+) -> Iterator[Progress | Divergence | tuple[ModuleCard, bytes, float]]:
+    """Train a client's modules where its images are; yields progress, and each module's card, weights and seconds, or
+    that its training diverged, where `resources.on_divergence` has it left out.
 
     Each module is written to storage, the card last, so that it outlives this process; until then its latest
     checkpoint lies in `scratch`, by default there too, from which another process goes on. What is there and whole is
@@ -149,14 +151,14 @@ def train_share(
         (label, _train_module(config, source, client, label, places, device, storage, scratch or storage))
         for label, places in share.items()
     ]
-    running: list[tuple[int, Iterator[Progress | tuple[ModuleCard, bytes, float] | None]]] = []
+    running: list[tuple[int, Iterator[Progress | Divergence | tuple[ModuleCard, bytes, float] | None]]] = []
     while waiting or running:
         while waiting and len(running) < at_once:
             running.append(waiting.pop(0))
         for label, module in list(running):
             with failures_refused(f"client {client!r}, class {label}, training its module", MODULE_REMEDY):
                 event = next(module)
-            if isinstance(event, tuple):  # its last
+            if isinstance(event, Divergence | tuple):  # its last
                 running.remove((label, module))
             if event is not None:
                 yield event
@@ -177,9 +179,9 @@ def _train_module(
     device: torch.device,
     storage: Storage,
     scratch: Storage,
-) -> Iterator[Progress | tuple[ModuleCard, bytes, float] | None]:
-    """Train one of a client's modules, whose card, weights and seconds come last; None after a step that has no news,
-    for others to take a turn."""
+) -> Iterator[Progress | Divergence | tuple[ModuleCard, bytes, float] | None]:
+    """Train one of a client's modules, whose card, weights and seconds, or divergence, come last; None after a step
+    that has no news, for others to take a turn."""
     import torch
 
     from fedfactory_ray.cluster.devices import resolve_precision
@@ -208,29 +210,47 @@ def _train_module(
         checkpoints.delete()  # of a process that was killed at its very end
         yield there, storage.read(f"{folder}/{WEIGHTS}"), 0.0
         return
+    leaves_out = config.resources.on_divergence == "leave_out"
+    noted = find(storage, Divergence, folder, made_of) if leaves_out else None
+    if noted is not None:
+        yield noted
+        return
     made_by, newest = canary(device, precision), checkpoints.newest()
     training = Training(torch.from_numpy(pixels), generator, device, seed)
     if newest is not None:
         training.load(checkpoints.read(newest, SNAPSHOT))
         made_by = joined(newest.state.get("canary", ""), made_by)
         yield Progress(client, label, newest.step, steps, float("nan"), resumed=True)
+    diverged = ""
     with ThreadPoolExecutor(1) as writer:  # training goes on while a checkpoint is written
         written: Future[None] | None = None
-        for event in training.events(config.storage.checkpoint_seconds):
-            if event is None:
-                yield None
-            elif isinstance(event, TrainingStep):
-                yield Progress(client, label, event.step, event.steps, event.loss)
-            elif isinstance(event, Snapshot):
-                if written is not None:
-                    written.result()
-                files, state = {SNAPSHOT: event.content}, {"canary": made_by}
-                written = writer.submit(checkpoints.save, event.step, files, state)
-            else:
-                weights = module.pack(event, half=generator.half_precision_upload)
-                channels, resolution, _ = event.image_shape
+        try:
+            for event in training.events(config.storage.checkpoint_seconds):
+                if event is None:
+                    yield None
+                elif isinstance(event, TrainingStep):
+                    yield Progress(client, label, event.step, event.steps, event.loss)
+                elif isinstance(event, Snapshot):
+                    if written is not None:
+                        written.result()
+                    files, state = {SNAPSHOT: event.content}, {"canary": made_by}
+                    written = writer.submit(checkpoints.save, event.step, files, state)
+                else:
+                    weights = module.pack(event, half=generator.half_precision_upload)
+                    channels, resolution, _ = event.image_shape
+        except FloatingPointError as error:
+            if not leaves_out:
+                raise
+            diverged = str(error)
         if written is not None:
             written.result()
+    if diverged:
+        note = Divergence(client, label, len(places), diverged, made_by, fingerprint=made_of, files={})
+        keep(storage, note)
+        checkpoints.delete()
+        yield note
+        return
+    storage.delete(Divergence.mark(folder))  # of other images or settings
     card = ModuleCard(
         client=client,
         label=label,

@@ -204,7 +204,8 @@ class Training:
         while self.step < self.steps:
             losses.append(self.descend())
             now, ended = time.monotonic(), self.step == self.steps
-            if now - reported > REPORT_SECONDS or ended:
+            saves = now - saved > checkpoint_seconds and not ended
+            if now - reported > REPORT_SECONDS or ended or saves:  # no snapshot is of a loss that nobody looked at
                 with self.on_stream():
                     mean = float(torch.stack(losses).mean())
                 if not math.isfinite(mean):
@@ -213,7 +214,7 @@ class Training:
                     )
                 yield TrainingStep(self.step, self.steps, mean)
                 losses, reported = [], now
-            if now - saved > checkpoint_seconds and not ended:
+            if saves:
                 yield self.save()
                 saved = now
             yield None

@@ -14,6 +14,7 @@ from fedfactory_ray.data.readers import open_source
 from fedfactory_ray.data.source import inspect, told_skipped
 from fedfactory_ray.errors import DataInvalidError
 from fedfactory_ray.federation.client import Progress, train_share
+from fedfactory_ray.generation.divergence import Divergence
 from fedfactory_ray.pipeline.gpus import modules_here
 from fedfactory_ray.pipeline.session import claim
 from fedfactory_ray.pipeline.survey import refuse_resolution
@@ -83,7 +84,7 @@ def export_modules(
         console.print(told, markup=False, highlight=False, soft_wrap=True)
     console.print(f"classes of {client} by number: {numbered}", markup=False, highlight=False, soft_wrap=True)
     done: dict[int, int] = {}
-    trained = set()
+    trained, left_out = set(), list[Divergence]()
     scratch = scratch_of(storage, config.storage.scratch)
     own = storage.within(f"{MODULES}/{client}")
     with (
@@ -104,9 +105,14 @@ def export_modules(
                 trained.add(event.label)
                 done[event.label] = event.step
                 shown.update(sum(done.values()), f"class {event.label} loss {event.loss:.3f}")
+            elif isinstance(event, Divergence):
+                log.warning("left out: %s (%s)", event, event.why)
+                left_out.append(event)
             else:
                 card, _, _ = event
                 done[card.label] = card.steps
     scratch.prune()
-    done_now = f"{len(share)} modules, {len(trained)} of them trained now: {storage.uri}/{MODULES}/{client}"
+    finished = len(share) - len(left_out)
+    trained -= {note.label for note in left_out}
+    done_now = f"{finished} modules, {len(trained)} of them trained now: {storage.uri}/{MODULES}/{client}"
     console.print(done_now, markup=False, emoji=False)

@@ -10,6 +10,7 @@ from rich.console import Console
 
 from fedfactory_ray.classification.card import Classifier, Epoch, Expert
 from fedfactory_ray.federation.client import Progress, Upload
+from fedfactory_ray.generation.divergence import Divergence
 from fedfactory_ray.storage.layout import MANIFEST
 from fedfactory_ray.synthesis.shard import Shard
 from fedfactory_ray.synthesis.synthesize import UnitDrawn
@@ -48,10 +49,13 @@ class ModulesListener(Bars):
         self.client = listeners.client
         self.done: dict[tuple[str, int], int] = {}
 
-    def __call__(self, event: Progress | Upload) -> None:
+    def __call__(self, event: Progress | Divergence | Upload) -> None:
         """Take a client's event."""
         if isinstance(event, Upload):
             self.client(event.card.client).upload(event)
+            return
+        if isinstance(event, Divergence):
+            self.part(f"{event.client} class {event.label}", 1, 1)  # it leaves the screen
             return
         self.client(event.client).progress(event)
         self.done[event.client, event.label] = event.step

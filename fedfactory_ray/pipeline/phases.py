@@ -5,6 +5,7 @@ Phases import what loads torch when they need it: clients are at work before the
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from itertools import count, takewhile
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from fedfactory_ray.baselines.centralised import real_rows, real_validation_rows
 from fedfactory_ray.classification.rows import Rows, shard_rows, validation_rows
 from fedfactory_ray.federation.round import run_round
 from fedfactory_ray.generation.card import ModuleHandle, Modules
+from fedfactory_ray.generation.divergence import read_divergences
 from fedfactory_ray.pipeline.listeners import (
     ClassifierListener,
     ExpertsListener,
@@ -39,6 +41,9 @@ if TYPE_CHECKING:
     from fedfactory_ray.classification.card import Classifier
     from fedfactory_ray.classification.prediction import Entry, TestResult
     from fedfactory_ray.federation.experts import Experts
+
+
+log = logging.getLogger(__name__)
 
 
 def run(config: Config, console: Console) -> Report:
@@ -82,6 +87,11 @@ def train_modules(session: Session, listeners: Listeners) -> Modules:
     with session.phase("modules"), ModulesListener(listeners, steps) as listen:
         modules = run_round(config, partition, session.plan.client, session.storage, listen)
         listen.update(steps)
+    offered = {label for _, label in modules}
+    absent = sorted({label for _, label, _ in partition} - offered)
+    if absent:
+        names = ", ".join(session.info.class_names[label] for label in absent)
+        log.warning("no module of class %s is left: no image of it is drawn", names)
     return modules
 
 
@@ -165,7 +175,11 @@ def reference_entry(session: Session, folder: str) -> Entry:
 
 def announced_counts(session: Session) -> np.ndarray:
     """Images of each class, int64 (classes,), that the clients who are left declare: their modules' cards do."""
-    return np.asarray(session.offered.matrix().sum(0))
+    left_out = {note.key for note in read_divergences(session.storage)}
+    counts = np.zeros(session.info.classes, dtype=np.int64)
+    for client, label, indices in session.offered:
+        counts[label] += len(indices) * ((client, label) not in left_out)
+    return counts
 
 
 def held_counts(session: Session) -> np.ndarray:
@@ -192,6 +206,9 @@ def evaluate_all(
     if experts:
         figures["experts"] = {client: judged.scalars() for client, judged in tested.experts.items()}
         figures["missing_experts"] = experts.missing
+    left_out = read_divergences(session.storage)
+    if left_out:
+        figures["left_out"] = [note.to_tree() for note in left_out]
     for ours, gained in tested.differences.items():
         figures[f"{ours}_less"] = {method: difference.scalars() for method, difference in gained.items()}
     figures |= {"prior": tested.prior.tolist(), "predictions_sha256": tested.digests}

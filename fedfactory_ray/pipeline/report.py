@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,8 @@ class Report:
     """What a finished run tells: seconds a phase, images and bytes, and an evaluation for each classifier.
 
     `main` is the evaluation that the job is about. With experts: each alone, by client, and why an expert is missing.
-    `at_home` are shares that trained no module, for lack of images, and `absent` the classes of which there is none.
+    `at_home` are shares that trained no module, for lack of images, `left_out` the modules, a text each, that the run
+    goes without, and `absent` the classes of which there is none.
     `differences` tell what the product and Architecture I's classifier gain on each other classifier.
     """
 
@@ -52,6 +54,7 @@ class Report:
     differences: dict[str, dict[str, Difference]]
     missing: dict[str, str]
     at_home: list[str]
+    left_out: list[str]
     absent: list[str]
 
 
@@ -61,9 +64,9 @@ def told_at_home(partition: Partition, info: DataInfo, min_images: int) -> list[
     return [f"{client} class {info.class_names[label]} ({n})" for client, label, n in small]
 
 
-def absent_classes(partition: Partition, info: DataInfo, min_images: int) -> list[str]:
-    """Names of the classes of which nobody offers a module."""
-    offered = {label for _, label, _ in partition.offered(min_images)}
+def absent_classes(modules: Iterable[tuple[str, int]], info: DataInfo) -> list[str]:
+    """Names of the classes of which there is none of the `modules` (client, label)."""
+    offered = {label for _, label in modules}
     return [name for label, name in enumerate(info.class_names) if label not in offered]
 
 
@@ -117,6 +120,8 @@ def report_table(report: Report) -> PlainTable:
         more = len(report.at_home) - NAMED
         named = [*report.at_home[:NAMED], *[f"and {more} more"] * (more > 0)]
         table.add_row(f"stay at home, too small for a module: {len(report.at_home)}", "\n".join(named))
+    for each in report.left_out:
+        table.add_row("module LEFT OUT", each)
     if report.absent:
         table.add_row("classes without a module", ", ".join(report.absent))
     table.add_row("modules uploaded, once", f"{report.modules} ({report.uploaded_bytes / 1e6:.2f} MB)")

@@ -10,6 +10,7 @@ import numpy as np
 
 from fedfactory_ray.classification.rules import ANNOUNCED
 from fedfactory_ray.generation.card import Modules
+from fedfactory_ray.generation.divergence import read_divergences
 from fedfactory_ray.pipeline.listeners import Listeners
 from fedfactory_ray.pipeline.report import Report, absent_classes, told_at_home
 from fedfactory_ray.pipeline.session import Session
@@ -79,7 +80,8 @@ def make_report(session: Session, results: Results, models: dict[str, str]) -> R
         differences=tested.differences,
         missing=experts.missing if experts else {},
         at_home=told_at_home(session.partition, session.info, session.config.generator.min_images),
-        absent=absent_classes(session.partition, session.info, session.config.generator.min_images),
+        left_out=list(map(str, read_divergences(session.storage))),
+        absent=absent_classes(results.modules, session.info),
     )
 
 
@@ -91,6 +93,8 @@ def log_results(session: Session, listeners: Listeners, results: Results) -> dic
         log_evaluation(session, tested)
         run.json(session.storage.read_json(PARTITION), PARTITION)
         run.json([vars(handle.card) for handle in results.modules.values()], "modules.json")
+        for note in read_divergences(session.storage):
+            run.tag(f"left_out.{note.client}.{note.label}", f"training diverged: {note.why}")
         models = log_models(session, results)
         run.metrics(tested.evaluations[session.config.main_method].scalars())
         run.metrics({"uploaded_bytes": uploaded_bytes(results.modules)})

@@ -86,4 +86,7 @@ def seeds_table(reports: Sequence[Report]) -> PlainTable:
             for second in gained:
                 if (name := f"{first}_less_{second}/{rate}") in found:
                     table.add_row(f"  {first} less {second}, paired", found[name].signed)
+    for report in reports:
+        for each in report.left_out:
+            table.add_row("module LEFT OUT", f"{each} ({report.name})")
     return table

@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import pyarrow.parquet as pq
 import ray
 from rich.console import Console
 
@@ -20,7 +19,8 @@ from fedfactory_ray.cluster.joining import refuse_gone
 from fedfactory_ray.cluster.plan import Plan, connect, make_plan
 from fedfactory_ray.cluster.scaling import release
 from fedfactory_ray.cluster.watchdog import Watchdog
-from fedfactory_ray.data.partition import Partition, partition_summary
+from fedfactory_ray.data.partition import Partition
+from fedfactory_ray.data.partition_files import save_partition
 from fedfactory_ray.data.source import DataInfo
 from fedfactory_ray.errors import FedFactoryError, ForgottenError, RunConflictError, StorageError
 from fedfactory_ray.federation.exchange import import_modules, set_sha256
@@ -41,7 +41,7 @@ from fedfactory_ray.settings.config import MOVED, Config, flatten
 from fedfactory_ray.settings.names import allowed_name
 from fedfactory_ray.storage.artefact import fingerprint
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import CONFIG, FORGETTING, FORGOTTEN, INDICES, PARTITION, SECONDS, SETTINGS
+from fedfactory_ray.storage.layout import CONFIG, FORGETTING, FORGOTTEN, SECONDS, SETTINGS
 from fedfactory_ray.storage.lease import hold, refuse_held
 from fedfactory_ray.synthesis.plan import check_fraction, check_validation
 from fedfactory_ray.tracking import runs as tracking
@@ -281,10 +281,3 @@ def _claimed(storage: Storage) -> dict[str, Any]:
         told = error.found
     mend = "it deleted, so that the same command claims the folder anew and keeps what is its own there"
     raise StorageError(f"{storage.uri}/{CONFIG}", told, f"the file as it was written; or {mend}")
-
-
-def save_partition(storage: Storage, partition: Partition) -> None:
-    """Keep the partition: its indices as Parquet, its digest and counts as JSON."""
-    with storage.writing(INDICES) as stream:
-        pq.write_table(partition.to_table(), stream)
-    storage.write_json(PARTITION, partition_summary(partition))

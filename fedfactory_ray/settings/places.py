@@ -62,6 +62,9 @@ class ResourcesConfig(Section):
     """How often a client's work, or a fit, is begun before it is given up, should its process or node die each time."""
     away_seconds: float = Field(600.0, gt=0)
     """A natural silo that no living node may read for so long is given up."""
+    on_divergence: Literal["refuse", "leave_out"] = "refuse"
+    """What becomes of a run when the training of a client's module diverges: it ends and tells which; or it goes on
+    without that module, and tells so wherever it tells results."""
     scale_up_seconds: float = Field(900.0, gt=0)
     """How long a job waits for the nodes that the cluster's autoscaler was asked for."""
 

@@ -146,9 +146,9 @@ class Artefact:
     def read(cls, storage: Storage, place: str) -> Self:
         """See Kept."""
         try:
-            return cls.from_json(storage.read(f"{place}/{CARD}"))
+            return cls.from_json(storage.read(cls.mark(place)))
         except CardError as error:
-            raise CardError(cls.kind, f"{error.found} in {storage.uri}/{place}/{CARD}", newer=error.newer) from error
+            raise CardError(cls.kind, f"{error.found} in {storage.uri}/{cls.mark(place)}", newer=error.newer) from error
 
     def whole(self, storage: Storage, place: str) -> bool:
         """See Kept."""
@@ -165,7 +165,7 @@ def _adapter(kind: Hashable) -> TypeAdapter[Any]:
 
 def keep(storage: Storage, artefact: Artefact) -> None:
     """Write the card of an artefact whose files are written: from now on it is found."""
-    storage.write(f"{artefact.folder}/{CARD}", artefact.to_json())
+    storage.write(artefact.mark(artefact.folder), artefact.to_json())
 
 
 K = TypeVar("K", bound=Kept)

@@ -11,6 +11,8 @@ CENTRALISED, LOCAL = "centralised", "local"
 
 CARD, WEIGHTS = "card.json", "model.safetensors"
 """Files of an artefact's folder: what it is, written last; and its weights."""
+DIVERGED = "diverged.json"
+"""In the place of a module's card and weights: its training diverged, and the run goes on without it."""
 
 SNAPSHOT = "training.safetensors"
 """The file of a checkpoint of a module's training."""
@@ -32,6 +34,8 @@ PENDING, FORGETTING, FORGOTTEN = "pending.json", "forgetting.json", "forgotten.j
 finished; and all that is left of a run which had to forget, beside CERTIFICATE, AUDIT and SETTINGS."""
 LEASE, DOOR = "lease.json", "lease.door.json"
 """Who writes in the folder now; and who looks at the lease now."""
+OUTBOX = "mlflow.jsonl"
+"""What MLflow did not take yet; there only while something waits."""
 CERTIFICATE, AUDIT = "certificate.json", "audit.jsonl"
 """How a request was fulfilled, in the successor; and a line for each request, in both runs."""
 TRIAL, BEST_CONFIG = "trial.json", "best.yaml"
@@ -39,7 +43,7 @@ TRIAL, BEST_CONFIG = "trial.json", "best.yaml"
 FILES = frozenset(
     (
         *(CONFIG, SETTINGS, PARTITION, INDICES, MANIFEST, EVALUATION, ENVIRONMENT, SECONDS, TABLE, PLOT),
-        *(PENDING, FORGETTING, CERTIFICATE, AUDIT, LEASE),
+        *(PENDING, FORGETTING, CERTIFICATE, AUDIT, LEASE, OUTBOX),
     )
 )
 """What may lie in a run's folder itself, beside the folders below."""

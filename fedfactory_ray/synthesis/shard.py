@@ -5,19 +5,27 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from functools import cache
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import Field, TypeAdapter, ValidationError
 
-from fedfactory_ray.errors import CardError
+from fedfactory_ray.errors import CardError, StorageError
+from fedfactory_ray.generation.card import Whole
+from fedfactory_ray.settings.data import NAME
 from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import MANIFEST, unit_file
 from fedfactory_ray.synthesis.plan import Unit
 
 ROWS_DIGEST, SHAPE = b"fedfactory.rows_sha256", b"fedfactory.shape"
 MADE_OF, MADE_BY = b"fedfactory.fingerprint", b"fedfactory.canary"
 """Keys of a file's metadata."""
+LARGEST = 2**28
+"""Bytes of a manifest, at most."""
+Digest = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 
 
 @dataclass(frozen=True)
@@ -29,22 +37,31 @@ class Shard:
 
     kind: ClassVar[str] = "unit"
     file: str
-    client: str
-    label: int
-    unit: int
-    n: int
-    module_sha256: str
-    rows_sha256: str
-    fingerprint: str = ""
-    canary: str = ""
+    client: Annotated[str, Field(pattern=NAME)]
+    label: Whole
+    unit: Whole
+    n: Whole
+    module_sha256: Digest
+    rows_sha256: Digest
+    fingerprint: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    canary: Annotated[str, Field(pattern=r"^[0-9a-f+]{0,8192}$")] = ""
 
     @classmethod
-    def from_tree(cls, line: dict[str, Any]) -> Shard:
-        """A line of a manifest as JSON values. Raises CardError for facts that are unknown here."""
+    def from_tree(cls, line: Any) -> Shard:
+        """A line of a manifest as JSON values. Raises CardError for what is none, or has facts unknown here."""
+        if not isinstance(line, dict):
+            raise CardError(cls.kind, f"a {type(line).__name__}")
         unknown = line.keys() - {field.name for field in fields(cls)}
         if unknown:
-            raise CardError(cls.kind, ", ".join(sorted(unknown)), newer=True)
-        return cls(**line)
+            raise CardError(cls.kind, ", ".join(sorted(unknown))[:300], newer=True)
+        try:
+            shard = _adapter().validate_python(line)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            raise CardError(cls.kind, f"{'.'.join(map(str, problem['loc']))}: {problem['msg']}") from error
+        if shard.file != unit_file(shard.client, shard.label, shard.unit):
+            raise CardError(cls.kind, f"the file {shard.file!r:.200}")
+        return shard
 
     @staticmethod
     def mark(place: str) -> str:
@@ -62,6 +79,21 @@ class Shard:
     def whole(self, storage: Storage, place: str) -> bool:
         """See Kept: `read` has compared the rows with their digest."""
         return True
+
+
+@cache
+def _adapter() -> TypeAdapter[Shard]:
+    return TypeAdapter(Shard)
+
+
+def read_manifest(storage: Storage) -> list[Shard]:
+    """The lines of a run's manifest. Raises StorageError where it is none, CardError for a line that is none."""
+    if storage.size(MANIFEST) > LARGEST:
+        raise StorageError(f"{storage.uri}/{MANIFEST}", f"{storage.size(MANIFEST)} bytes", f"at most {LARGEST}")
+    lines = storage.read_json(MANIFEST)
+    if not isinstance(lines, list):
+        raise StorageError(f"{storage.uri}/{MANIFEST}", f"a {type(lines).__name__}", "a list of units")
+    return [Shard.from_tree(line) for line in lines]
 
 
 def shard_of(unit: Unit, images: np.ndarray, fingerprint: str = "", canary: str = "") -> Shard:

@@ -29,30 +29,28 @@ def first_line(error: Exception) -> str:
 
 
 class Patience:
-    """Shared by all MLflow runs of a job: whether their server takes calls, and how many it has missed."""
+    """Shared by all MLflow runs of a job: whether their server takes calls, and how many files it has missed."""
 
     def __init__(self) -> None:
         self.silent_until = float("-inf")
+        self.told = False
         self.missed = 0
 
     def attempt(self, call: Callable[[], T], otherwise: T) -> T:
         """The result of `call`; `otherwise` where the server fails, or did so less than AGAIN_SECONDS ago."""
         if time.monotonic() < self.silent_until:
-            self.missed += 1
             return otherwise
         try:
             return call()
         except troubles() as error:
-            if not self.missed:
+            if not self.told:
                 log.warning("MLflow takes nothing (%s): the run goes on without it", first_line(error))
-            self.missed += 1
+            self.told = True
             self.silent_until = time.monotonic() + AGAIN_SECONDS
             return otherwise
 
     def conclude(self) -> None:
-        """Tell at the end what the log lacks."""
+        """Tell at the end which files the log lacks."""
         if self.missed:
-            log.warning(
-                "MLflow lacks %d entries of this run; nothing else does: the same command logs the results anew",
-                self.missed,
-            )
+            told = "MLflow lacks %d files of this run; nothing else does: the same command logs the results anew"
+            log.warning(told, self.missed)

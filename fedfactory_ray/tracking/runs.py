@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from filelock import FileLock
 
 from fedfactory_ray.errors import TrackingError
 from fedfactory_ray.settings.config import Config, flatten
-from fedfactory_ray.tracking.patience import Patience, first_line, troubles
+from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.tracking.outbox import PARENT, Outbox
+from fedfactory_ray.tracking.patience import first_line, troubles
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 
+T = TypeVar("T")
 DESCRIPTION = "mlflow.note.content"
 """Tag that MLflow's pages show as a run's description."""
 MLFLOW_DEFAULTS = {
@@ -52,59 +55,56 @@ def tracking_uri(config: Config) -> str:
 
 
 class Run:
-    """One MLflow run: parameters, metrics, files and children. What its server does not take is lost, see Patience;
-    one that could not be started (its `id` is empty) takes nothing."""
+    """One MLflow run: parameters, metrics, tags, files and children. What its server does not take waits in the outbox,
+    but for files: the same command logs those anew."""
 
-    def __init__(self, client: Any, experiment_id: str, run_id: str, patience: Patience | None = None) -> None:
-        self.client, self.experiment_id, self.id = client, experiment_id, run_id
-        self.patience = patience or Patience()
+    def __init__(self, outbox: Outbox, key: str) -> None:
+        self.outbox, self.key, self.client, self.patience = outbox, key, outbox.client, outbox.patience
         self.parent: Run | None = None
         self.running_children: list[Run] = []
         self.waiting: list[tuple[str, int, float]] = []
         self.flushed = time.monotonic()
 
-    def _send(self, call: Callable[..., Any], *arguments: Any, **named: Any) -> bool:
-        """Whether the server took a call about this run."""
+    @property
+    def id(self) -> str:
+        """MLflow's id; empty until the server has taken that the run began."""
+        return self.outbox.ids.get(self.key, "")
+
+    def _file(self, call: Callable[..., T], *arguments: Any, otherwise: T) -> T:
+        """What a call about this run returns that sends a file; `otherwise` where the server does not take it."""
+        taken: list[T] = []
 
         def send() -> bool:
-            call(self.id, *arguments, **named)
+            taken.append(call(self.id, *arguments))
             return True
 
-        return bool(self.id) and self.patience.attempt(send, otherwise=False)
+        if not (self.id and self.patience.attempt(send, otherwise=False)):
+            self.patience.missed += 1
+        return taken[0] if taken else otherwise
 
     def child(self, name: str) -> Run:
         """Start a run nested below this one."""
-        tags = {"mlflow.parentRunId": self.id}
-
-        def create() -> str:
-            return str(self.client.create_run(self.experiment_id, run_name=name, tags=tags).info.run_id)
-
-        run_id = self.patience.attempt(create, "") if self.id else ""
-        child = Run(self.client, self.experiment_id, run_id, self.patience)
+        child = Run(self.outbox, self.outbox.begin(name, {PARENT: self.key}))
         self.running_children.append(child)
         child.parent = self
         return child
 
     def params(self, values: Mapping[str, Any]) -> None:
         """Log parameters."""
-        from mlflow.entities import Param
-
-        entities = [Param(name, str(value)) for name, value in values.items()]
-        for start in range(0, len(entities), 100):
-            self._send(self.client.log_batch, params=entities[start : start + 100])
+        texts = [(name, str(value)) for name, value in values.items()]
+        for start in range(0, len(texts), 100):
+            self.outbox.send("params", self.key, texts=dict(texts[start : start + 100]))
 
     def metrics(self, values: Mapping[str, float], step: int = 0) -> None:
         """Log one value a metric."""
         self.curves((name, step, value) for name, value in values.items())
 
-    def curves(self, points: Iterable[tuple[str, int, float]]) -> bool:
-        """Log many points (metric, step, value) in few calls; returns whether the server took them."""
-        from mlflow.entities import Metric
-
+    def curves(self, points: Iterable[tuple[str, int, float]]) -> None:
+        """Log many points (metric, step, value) in few calls."""
         now = int(time.time() * 1000)
-        entities = [Metric(name, float(value), now, step) for name, step, value in points]
-        batches = [entities[start : start + BATCH] for start in range(0, len(entities), BATCH)]
-        return all([self._send(self.client.log_batch, metrics=batch) for batch in batches])
+        timed = [(name, int(step), float(value), now) for name, step, value in points]
+        for start in range(0, len(timed), BATCH):
+            self.outbox.send("points", self.key, points=timed[start : start + BATCH])
 
     def grow(self, points: Iterable[tuple[str, int, float]]) -> None:
         """Log points of curves that grow: every FLUSH_SECONDS, and when the run ends."""
@@ -113,26 +113,26 @@ class Run:
             self.flush()
 
     def flush(self) -> None:
-        """Send the points that wait; those that the server does not take go on waiting."""
-        if self.curves(self.waiting):
-            self.waiting = []
+        """Send the points that wait."""
+        self.curves(self.waiting)
+        self.waiting = []
         self.flushed = time.monotonic()
 
     def tag(self, name: str, value: str) -> None:
         """Set a tag."""
-        self._send(self.client.set_tag, name, value)
+        self.outbox.send("tag", self.key, texts={name: value})
 
     def figure(self, figure: Figure, file: str) -> None:
         """Log a picture."""
-        self._send(self.client.log_figure, figure, file)
+        self._file(self.client.log_figure, figure, file, otherwise=None)
 
     def json(self, value: Any, file: str) -> None:
         """Log a JSON document."""
-        self._send(self.client.log_dict, value, file)
+        self._file(self.client.log_dict, value, file, otherwise=None)
 
     def text(self, text: str, file: str) -> None:
         """Log a text."""
-        self._send(self.client.log_text, text, file)
+        self._file(self.client.log_text, text, file, otherwise=None)
 
     def model(
         self,
@@ -169,8 +169,8 @@ class Run:
         program = torch.export.export(predictor, (traced,), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},))
         beside = {served_classifier.NAMES: list(class_names), served_classifier.PRIOR: prior.tolist()}
 
-        def send() -> str:
-            with mlflow.start_run(run_id=self.id):
+        def send(run_id: str) -> str:
+            with mlflow.start_run(run_id=run_id):
                 info = mlflow.pyfunc.log_model(
                     name=name,
                     loader_module=Path(served_classifier.__file__).stem,
@@ -190,22 +190,23 @@ class Run:
             DEVICE.set("cpu")
             file = Path(folder, "model.pt2")
             torch.export.save(program, file, extra_files={name: json.dumps(value) for name, value in beside.items()})
-            return self.patience.attempt(send, otherwise="") if self.id else ""
+            return self._file(send, otherwise="")
 
     def end(self, status: str = "FINISHED", why: str = "") -> None:
-        """End the run and the children that still run: FINISHED, FAILED or KILLED; `why` becomes its description."""
+        """End the run and the children that still run: FINISHED, FAILED or KILLED; `why` becomes its description. The
+        end of a job's run waits for its server once, see Outbox.conclude."""
+        if self.parent is None:
+            self.outbox.gather()
         for child in list(self.running_children):
             child.end(status)
         self.flush()
         if why:
             self.tag(DESCRIPTION, why)
+        self.outbox.send("end", self.key, name=status)
         if self.parent is not None:
-            self._send(self.client.set_terminated, status)
             self.parent.running_children.remove(self)
         else:
-            self.patience.silent_until = float("-inf")  # a job's own end is worth a try
-            self._send(self.client.set_terminated, status)
-            self.patience.conclude()
+            self.outbox.conclude()
 
 
 FOLDER = "fedfactory.folder"
@@ -213,15 +214,13 @@ FOLDER = "fedfactory.folder"
 
 
 def start_run(config: Config, name: str, folder: str, parent: str | None = None) -> Run:
-    """Start a job's run, tagged with its `folder`, below the run of id `parent` if there is one; log every setting."""
+    """Start a job's run, tagged with its `folder`, below the run of id `parent` if there is one; log every setting.
+    What MLflow did not take of an earlier start in the folder is sent first."""
     client, experiment_id = tracking_client(config)
-    tags, patience = {FOLDER: folder} | ({"mlflow.parentRunId": parent} if parent else {}), Patience()
-
-    def create() -> str:
-        close_left(client, experiment_id, folder)
-        return str(client.create_run(experiment_id, run_name=name, tags=tags).info.run_id)
-
-    run = Run(client, experiment_id, patience.attempt(create, ""), patience)
+    outbox = Outbox(client, experiment_id, tracking_uri(config), Storage(folder))
+    outbox.drain()  # what an earlier start could not tell
+    outbox.patience.attempt(lambda: close_left(client, experiment_id, folder), otherwise=None)
+    run = Run(outbox, outbox.begin(name, {FOLDER: folder} | ({PARENT: parent} if parent else {})))
     run.params(flatten(config.model_dump(mode="json")))
     return run
 

@@ -49,7 +49,9 @@ class Certificate:
             certificate = cls(**tree | {"request": Request.of(tree["request"])})
             found: Certificate = TypeAdapter(cls).validate_python(vars(certificate))
             # All that is worked out of the facts anew each time.
-            _ = [(facts.cards, facts.shards, facts.digests()) for facts in (found.before, found.after)]
+            _ = [
+                (facts.cards, facts.shards, facts.divergences, facts.digests()) for facts in (found.before, found.after)
+            ]
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError, CardError) as error:
             raise UnlearningError(f"no certificate ({error})"[:500], "certificate.json as it was written") from error
         return found

@@ -16,11 +16,12 @@ from fedfactory_ray.cluster.absence import gather
 from fedfactory_ray.cluster.plan import make_plan, place, placement, refuse_unknown_places
 from fedfactory_ray.errors import UnlearningError
 from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.generation.divergence import Divergence
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.synthesis.shard import Shard
 from fedfactory_ray.unlearning.facts import Facts
 from fedfactory_ray.unlearning.request import Request
-from fedfactory_ray.unlearning.reuse import modules_left, units_left
+from fedfactory_ray.unlearning.reuse import divergences_left, modules_left, units_left
 
 SYNTHESIS = ""
 """Stands among clients for the workers that draw."""
@@ -34,7 +35,8 @@ def find_doubts(
     `here` (see `ask_canaries`), or the order of rows is not promised to repeat."""
     left = modules_left(request, before)
     kept = [shard for _, shard in units_left(config, left, before) if shard is not None]
-    doubts = _differences(config, environments) + canary_doubts(config, left, kept, here)
+    made: list[ModuleCard | Divergence] = [*left, *divergences_left(request, before)]
+    doubts = _differences(config, environments) + canary_doubts(config, made, kept, here)
     card, n_images = before.cards[0], sum(shard.n for shard in before.shards)
     shape = (card.resolution, card.resolution, card.channels)
     if before.classifier and not config.resources.holds(n_images, shape):
@@ -44,8 +46,9 @@ def find_doubts(
 
 def doubts_of_new(config: Config, before: Facts, after: Facts, here: dict[str, str]) -> list[str]:
     """Doubts when all is made: another node made some of what is new than the one that told what is `here`."""
-    cards, shards = before.cards, set(before.shards)
-    new = [card for card in after.cards if card not in cards]
+    there, shards = [*before.cards, *before.divergences], set(before.shards)
+    made: list[ModuleCard | Divergence] = [*after.cards, *after.divergences]
+    new = [each for each in made if each not in there]
     return canary_doubts(config, new, [shard for shard in after.shards if shard not in shards], here)
 
 
@@ -59,7 +62,7 @@ def refuse_doubts(config: Config, doubts: Sequence[str], *, allowed: bool) -> No
 
 
 def canary_doubts(
-    config: Config, cards: Iterable[ModuleCard], shards: Iterable[Shard], here: dict[str, str]
+    config: Config, cards: Iterable[ModuleCard | Divergence], shards: Iterable[Shard], here: dict[str, str]
 ) -> list[str]:
     """Which modules and units were made by processes of another canary than `here`, or of one that nobody noted."""
     made = [("modules", f"{c.client}/{c.label}", c.canary, here[c.client]) for c in cards if config.modules is None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedfactory_ray.classification.card import Classifier, Expert
@@ -11,20 +11,21 @@ from fedfactory_ray.classification.rules import ALIKE
 from fedfactory_ray.cluster.stored import look_all
 from fedfactory_ray.errors import UnlearningError
 from fedfactory_ray.generation.card import ModuleCard, read_cards
+from fedfactory_ray.generation.divergence import Divergence, read_divergences
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage import layout
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.synthesis.plan import make_units
-from fedfactory_ray.synthesis.shard import Shard, manifest_digest
+from fedfactory_ray.synthesis.shard import Shard, manifest_digest, read_manifest
 
 AT_ONCE = 16
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What a run holds. `modules` are cards, `manifest` the units in order; of classifier and experts there are the
-    fingerprint (what determines them) and the SHA-256 of the weights; `predictions` and `scores` are those of the test
-    split by evaluation, `seconds` those of each phase."""
+    """What a run holds. `modules` are cards, `left_out` notes of the modules that it goes without, `manifest` the units
+    in order; of classifier and experts there are the fingerprint (what determines them) and the SHA-256 of the weights;
+    `predictions` and `scores` are those of the test split by evaluation, `seconds` those of each phase."""
 
     partition_sha256: str
     modules: list[dict[str, Any]]
@@ -35,11 +36,17 @@ class Facts:
     predictions: dict[str, str]
     scores: dict[str, dict[str, float]]
     seconds: dict[str, float]
+    left_out: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def cards(self) -> list[ModuleCard]:
         """The modules' cards."""
         return [ModuleCard.from_tree(card) for card in self.modules]
+
+    @property
+    def divergences(self) -> list[Divergence]:
+        """The notes of the modules that the run goes without."""
+        return [Divergence.from_tree(note) for note in self.left_out]
 
     @property
     def shards(self) -> list[Shard]:
@@ -60,6 +67,7 @@ class Facts:
         """All that two equal runs have alike, by name."""
         found = {"partition": self.partition_sha256, "rows": self.rows_sha256}
         found |= {f"module {card.client}, class {card.label}": card.sha256 for card in self.cards}
+        found |= {f"no module {note.client}, class {note.label}": note.fingerprint for note in self.divergences}
         found |= {f"unit {shard.file}": shard.rows_sha256 for shard in self.shards}
         if self.classifier:
             found["classifier"] = self.classifier["sha256"]
@@ -85,7 +93,7 @@ def read_facts(storage: Storage) -> Facts:
 
 
 def _facts(storage: Storage) -> Facts:
-    manifest = [Shard.from_tree(line) for line in storage.read_json(layout.MANIFEST)]
+    manifest = read_manifest(storage)
     evaluation = storage.read_json(layout.EVALUATION)
     # What was evaluated counts: jobs/compare.py may have fitted more in the same folder.
     found = map(layout.EXPERT_CARD.fullmatch, storage.names(layout.EXPERTS))
@@ -101,6 +109,7 @@ def _facts(storage: Storage) -> Facts:
         predictions=evaluation["predictions_sha256"],
         scores={name: scores for name, scores in evaluation.items() if "accuracy" in alike(scores)},
         seconds=storage.read_json(layout.SECONDS),
+        left_out=[note.to_tree() for note in read_divergences(storage)],
     )
 
 

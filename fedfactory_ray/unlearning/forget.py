@@ -36,7 +36,7 @@ from fedfactory_ray.unlearning.facts import Facts, classes_held, read_facts, ref
 from fedfactory_ray.unlearning.report import log_certificate
 from fedfactory_ray.unlearning.request import Request, make_request
 from fedfactory_ray.unlearning.residue import deleted_content, files_to_go, left_in_new, left_in_old, refuse_residue
-from fedfactory_ray.unlearning.reuse import copy_files, modules_left, plan_reuse
+from fedfactory_ray.unlearning.reuse import clients_left, copy_files, modules_left, plan_reuse
 
 
 def forget(
@@ -175,7 +175,7 @@ def _checked(config: Config, old: Storage, request: Request, *, allow_inexact: b
     refuse_taken(new)
     connect()
     refuse_damaged(config, old, before)
-    here = ask_canaries(config, [card.client for card in modules_left(request, before)])
+    here = ask_canaries(config, clients_left(request, before))
     doubts = find_doubts(config, request, before, old.read_json(ENVIRONMENT), here)
     refuse_doubts(config, doubts, allowed=allow_inexact)
     _traces(config, old, request)
@@ -246,7 +246,7 @@ def _finish(config: Config, old: Storage, new: Storage, console: Console, *, all
     traces = _traces(config, old, request)
     connect()
     wanted, parent = without(config, request, before, started.get("precision")), traces["parents"][0]
-    here = ask_canaries(wanted, [card.client for card in modules_left(request, before)])
+    here = ask_canaries(wanted, clients_left(request, before))
     inexact = find_doubts(config, request, before, started["environment"], here)
     refuse_doubts(config, inexact, allowed=allow_inexact)
     with open_session(wanted, console, forgetting=True, parent=parent) as session:

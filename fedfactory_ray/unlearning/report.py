@@ -50,6 +50,8 @@ def certificate_table(certificate: Certificate) -> PlainTable:
     table.add_row("run", f"{request.run} (deleted) → {request.successor}")
     for kind, gone in certificate.deleted.items():
         table.add_row(f"deleted {kind}", str(len(gone)))
+    for note in certificate.after.divergences:
+        table.add_row("module LEFT OUT", str(note))
     table.add_row("kept", ", ".join(f"{n} {kind}" for kind, n in certificate.kept.items()), end_section=True)
     for name in ("images_drawn", "network_evaluations", "fits", "seconds"):
         part = f" ({share[name]:.1%} of the original run's)" if name in share else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import posixpath
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,12 +13,14 @@ from fedfactory_ray.errors import FedFactoryError
 from fedfactory_ray.storage import layout
 from fedfactory_ray.storage.files import TEMPORARY, Storage
 from fedfactory_ray.storage.lease import Holder
+from fedfactory_ray.tracking.curves import expert_run
+from fedfactory_ray.tracking.outbox import read_outbox
 from fedfactory_ray.unlearning.certificate import Certificate, audit_lines
 from fedfactory_ray.unlearning.deletion import HELD, LEFT
 from fedfactory_ray.unlearning.facts import AT_ONCE, Facts, classes_held, weights
 from fedfactory_ray.unlearning.request import Request
 
-TEXTS = layout.FILES - {layout.INDICES, layout.TABLE, layout.PLOT}
+TEXTS = layout.FILES - {layout.INDICES, layout.TABLE, layout.PLOT, layout.OUTBOX}
 """Files of every run that tell of settings, counts and scores, and hold nothing of a client."""
 LARGEST = 2**28
 """Bytes of the largest JSON file that is read."""
@@ -55,7 +57,7 @@ def left_in_new(new: Storage, after: Facts) -> list[str]:
     one (a checkpoint, say) counts as left."""
     accounted = weights(after)
     cards = {f"{posixpath.dirname(name)}/{layout.CARD}" for name in accounted}
-    units = {shard.file for shard in after.shards}
+    units = {shard.file for shard in after.shards} | {note.mark(note.folder) for note in after.divergences}
     clients = classes_held(new)
     lone = layout.lone_classifier("")
     ours = lone if after.classifier is None else f"{lone}|{layout.METHOD}/"
@@ -65,6 +67,13 @@ def left_in_new(new: Storage, after: Facts) -> list[str]:
     finished = re.compile(f"({'|'.join(compared)})/({re.escape(layout.WEIGHTS)}|{re.escape(layout.CARD)})")
     known = layout.FILES | {*HELD} | cards | units | accounted.keys()
     return [f"{new.uri}/{name}" for name in new.names("") if name not in known and not finished.fullmatch(name)]
+
+
+def untold(new: Storage, clients: Sequence[str]) -> list[str]:
+    """The file of what MLflow did not take yet, where that would begin a run of one of `clients`."""
+    names = {name for client in clients for name in (client, expert_run(client))}
+    entries = read_outbox(new)
+    return [f"{new.uri}/{layout.OUTBOX}"] * any(each.call == "begin" and each.name in names for each in entries)
 
 
 def deleted_content(storage: Storage, deleted: dict[str, list[dict[str, Any]]]) -> list[str]:
@@ -81,6 +90,7 @@ def misplaced(storage: Storage, *, old: bool = False) -> list[str]:
         layout.PENDING: lambda text: Request.of(json.loads(text)),
         layout.CERTIFICATE: Certificate.from_json,
         layout.AUDIT: lambda _: audit_lines(storage),
+        layout.OUTBOX: lambda text: [json.loads(line) for line in text.splitlines()],
         layout.PLOT: _is_picture,
     }
     kinds |= dict.fromkeys(HELD, lambda text: Holder(**json.loads(text)))

@@ -11,6 +11,7 @@ from fedfactory_ray.data.partition import Partition
 from fedfactory_ray.data.source import Task
 from fedfactory_ray.federation.expert import assign
 from fedfactory_ray.generation.card import ModuleCard
+from fedfactory_ray.generation.divergence import Divergence
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
 from fedfactory_ray.storage.layout import CARD, METHOD, WEIGHTS, classifier_folder, expert_folder
@@ -22,8 +23,9 @@ from fedfactory_ray.unlearning.request import Request
 
 @dataclass(frozen=True)
 class Reuse:
-    """What is kept of a run; of `experts` the clients."""
+    """What is kept of a run, and what it goes without; of `experts` the clients."""
 
+    left_out: list[Divergence]
     modules: list[ModuleCard]
     units: list[Shard]
     classifier: bool
@@ -35,12 +37,24 @@ class Reuse:
         folders = [card.folder for card in self.modules]
         folders += [classifier_folder(METHOD)] * self.classifier + [expert_folder(client) for client in self.experts]
         # A card goes last, as always: it says that the weights are there.
-        return [unit.file for unit in self.units] + [f"{f}/{name}" for f in folders for name in (WEIGHTS, CARD)]
+        notes = [note.mark(note.folder) for note in self.left_out]
+        return notes + [unit.file for unit in self.units] + [f"{f}/{name}" for f in folders for name in (WEIGHTS, CARD)]
 
 
 def modules_left(request: Request, before: Facts) -> list[ModuleCard]:
     """The modules of a run that a request does not ask to forget."""
     return [card for card in before.cards if not request.forgets(card.client, card.label)]
+
+
+def divergences_left(request: Request, before: Facts) -> list[Divergence]:
+    """The notes of left-out modules of a run whose images a request does not ask to forget."""
+    return [note for note in before.divergences if not request.forgets(note.client, note.label)]
+
+
+def clients_left(request: Request, before: Facts) -> list[str]:
+    """Whose modules, or notes of left-out ones, a request does not ask to forget."""
+    left_out = [note.client for note in divergences_left(request, before)]
+    return [card.client for card in modules_left(request, before)] + left_out
 
 
 def units_left(config: Config, left: Sequence[ModuleCard], before: Facts) -> list[tuple[Unit, Shard | None]]:
@@ -58,6 +72,7 @@ def plan_reuse(config: Config, partition: Partition, task: Task, before: Facts) 
     """
     offered = partition.offered(config.generator.min_images).shares
     left = [card for card in before.cards if card.label in offered.get(card.client, {})]
+    left_out = [note for note in before.divergences if note.label in offered.get(note.client, {})]
     found = units_left(config, left, before)
     kept = [shard for _, shard in found if shard is not None]
     new_labels = {unit.label for unit, shard in found if shard is None}
@@ -71,7 +86,7 @@ def plan_reuse(config: Config, partition: Partition, task: Task, before: Facts) 
         whole = not new_labels & assignment.needed(config)
         if whole and _same(before.experts.get(client), assignment.fingerprint(config)):
             experts.append(client)
-    return Reuse(left, kept, classifier, experts)
+    return Reuse(left_out, left, kept, classifier, experts)
 
 
 def _same(fitted: dict[str, str] | None, made_of: str) -> bool:

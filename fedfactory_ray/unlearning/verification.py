@@ -9,11 +9,9 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 from rich.console import Console
 
-from fedfactory_ray.data.partition import Partition, partition_summary
+from fedfactory_ray.data.partition_files import read_partition
 from fedfactory_ray.errors import FedFactoryError, UnlearningError
 from fedfactory_ray.pipeline import phases
 from fedfactory_ray.pipeline.session import refuse_forgotten
@@ -28,7 +26,7 @@ from fedfactory_ray.unlearning.certificate import Certificate, audit_lines, what
 from fedfactory_ray.unlearning.deletion import find_traces, traces_left
 from fedfactory_ray.unlearning.facts import AT_ONCE, Facts, differing_weights, read_facts
 from fedfactory_ray.unlearning.request import Request
-from fedfactory_ray.unlearning.residue import deleted_content, left_in_new, left_in_old, misplaced
+from fedfactory_ray.unlearning.residue import deleted_content, left_in_new, left_in_old, misplaced, untold
 
 
 @dataclass(frozen=True)
@@ -66,13 +64,7 @@ def differences(ours: Facts, theirs: Facts) -> list[str]:
 
 def wrong_partition(new: Storage, after: Facts) -> list[str]:
     """The partition's files, where they are not what the certificate says, or not of one another."""
-    summary = new.read_json(layout.PARTITION)
-    try:
-        table = pq.read_table(new.path(layout.INDICES), filesystem=new.filesystem)
-        partition = Partition.from_table(table, len(summary["counts"][0]))
-        same = summary == partition_summary(partition) and partition.sha256 == after.partition_sha256
-    except (pa.ArrowException, OSError, LookupError, TypeError, ValueError):  # each a way of being none
-        same = False
+    same = read_partition(new).sha256 == after.partition_sha256
     return [] if same else [f"{layout.INDICES} and {layout.PARTITION}"]
 
 
@@ -82,7 +74,8 @@ def contradictions(certificate: Certificate) -> list[str]:
     told = {kind: lines for kind, lines in certificate.deleted.items() if kind != "files"}
     wrong = ["what was deleted"] * (told != what_went(before, after))
     wrong += ["what was kept"] * (certificate.kept != what_stayed(before, after))
-    left = [f"a module of {card.client}, class {card.label}" for card in after.cards if request.forgets(*card.key)]
+    named = [card.key for card in after.cards] + [note.key for note in after.divergences]
+    left = [f"a module of {client}, class {label}" for client, label in named if request.forgets(client, label)]
     return wrong + left
 
 
@@ -130,6 +123,7 @@ def verify(
 
     def files() -> list[str]:
         found = left_in_old(old) + left_in_new(new, after) + misplaced(old, old=True) + misplaced(new)
+        found += untold(new, [entry for entry in request.exclude if "/" not in entry])
         found += [each for run in (old, new) for each in deleted_content(run, certificate.deleted)]
         return list(dict.fromkeys(found))
 
