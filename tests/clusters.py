@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
 import pytest
 from ray.cluster_utils import Cluster
 from small_runs import ROOT
@@ -25,3 +26,13 @@ def nodes(monkeypatch: pytest.MonkeyPatch, *each: dict[str, Any]) -> Iterator[Cl
         yield cluster
     finally:
         cluster.shutdown()
+
+
+def workers(title: str) -> list[psutil.Process]:
+    """Ray's worker processes by what they do; only of the clusters of this test process."""
+    found = []
+    for process in psutil.process_iter(["cmdline", "environ"]):
+        command, environment = " ".join(process.info["cmdline"] or []), process.info["environ"] or {}
+        if command.startswith(f"ray::{title}") and environment.get("RAY_TMPDIR") == os.environ["RAY_TMPDIR"]:
+            found.append(process)
+    return found

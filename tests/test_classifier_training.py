@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow.compute
 import pytest
 import ray
 import torch
+from clusters import workers
 
 from fedfactory_ray.classification.batches import HeldBatches
 from fedfactory_ray.classification.card import Classifier, Epoch
@@ -54,19 +56,25 @@ def config(workers: int, in_memory_mb: int = 64, **classifier: object) -> Config
     return Config.model_validate({"classifier": recipe, "resources": resources, "storage": storage})
 
 
-def fit_here(settings: Config, folder: Path, heard: list[Epoch]) -> Classifier:
+def fit_here(settings: Config, folder: Path, listen: Callable[[Epoch], None]) -> Classifier:
     worker = make_plan(settings.resources).classifier
-    return fit(settings, make_rows(), TASK, worker, Storage(str(folder)), "here", heard.append)
+    return fit(settings, make_rows(), TASK, worker, Storage(str(folder)), "here", listen)
 
 
-@pytest.mark.parametrize(("in_memory_mb", "epochs"), [(64, 4), (0, 2)])
+def kill(title: str) -> None:
+    """Kill the one process of this Ray that does this."""
+    (worker,) = [each for each in workers(title) if each.is_running()]
+    worker.kill()
+
+
+@pytest.mark.parametrize(("in_memory_mb", "epochs"), [(0, 2), (64, 4)])
 def test_two_workers_fit_a_held_classifier_the_same_twice_and_a_streamed_one(
     cluster: None, tmp_path: Path, in_memory_mb: int, epochs: int
 ) -> None:
     heard: list[Epoch] = []
     settings = config(2, in_memory_mb, epochs=epochs)
     interrupt = signal.getsignal(signal.SIGINT)
-    classifier = fit_here(settings, tmp_path, heard)
+    classifier = fit_here(settings, tmp_path, heard.append)
     assert signal.getsignal(signal.SIGINT) is interrupt, "Ctrl-C ends a job after a fit, too"
     assert [epoch.epoch for epoch in heard] == list(range(1, epochs + 1))
     assert classifier.history == heard
@@ -76,7 +84,22 @@ def test_two_workers_fit_a_held_classifier_the_same_twice_and_a_streamed_one(
     assert classifier.epoch == best.epoch
     assert Storage(str(tmp_path)).names("") == ["classifier/here/card.json", "classifier/here/model.safetensors"]
     if in_memory_mb:
-        assert fit_here(settings, tmp_path / "again", []) == classifier
+        again: list[Epoch] = []
+
+        def disturb(epoch: Epoch) -> None:
+            if epoch.epoch == len(again) + 1:
+                again.append(epoch)
+            if epoch.epoch == 2 and not killed:
+                killed.append("TrainController")
+                kill("TrainController")
+            elif epoch.epoch == 3 and len(killed) == 1:
+                killed.append("_QueueActor")
+                kill("_QueueActor")
+
+        killed: list[str] = []
+        assert fit_here(settings, tmp_path / "again", disturb) == classifier
+        assert killed == ["TrainController", "_QueueActor"]
+        assert again == heard
 
 
 def test_held_batches_do_not_depend_on_the_order_of_arrival() -> None:

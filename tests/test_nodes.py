@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-import psutil
 import pytest
 import torch
-from clusters import nodes
+from clusters import nodes, workers
 from conftest import write_npz
 from PIL import Image
 from ray.cluster_utils import Cluster
@@ -33,16 +32,6 @@ def node_of(cluster: Cluster, title: str) -> Any:
         if node.all_processes["raylet"][0].process.pid in raylets:
             return node
     return None
-
-
-def workers(title: str) -> list[psutil.Process]:
-    """Ray's worker processes by what they do; only of the clusters of this test process."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "environ"]):
-        command, environment = " ".join(process.info["cmdline"] or []), process.info["environ"] or {}
-        if command.startswith(f"ray::{title}") and environment.get("RAY_TMPDIR") == os.environ["RAY_TMPDIR"]:
-            found.append(process)
-    return found
 
 
 def children(folder: Path) -> dict[str, Any]:

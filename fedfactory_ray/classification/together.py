@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import signal
@@ -17,16 +18,18 @@ from typing import TYPE_CHECKING, Any
 import ray
 import ray.train
 import ray.train.torch
+from ray.exceptions import RayActorError
 from ray.util.queue import Queue
 
 from fedfactory_ray.classification.card import Epoch
 from fedfactory_ray.classification.loop import Loop
 from fedfactory_ray.classification.rows import Rows
 from fedfactory_ray.classification.sides import keep_side
-from fedfactory_ray.cluster.failures import find_refusal
+from fedfactory_ray.cluster.failures import find_refusal, reason
 from fedfactory_ray.cluster.plan import Worker
 from fedfactory_ray.settings.config import Config
 from fedfactory_ray.storage.files import Storage
+from fedfactory_ray.storage.layout import PROGRESS
 
 if TYPE_CHECKING:
     import torch
@@ -40,10 +43,44 @@ def fit_together(
     loop: Loop, rows: Rows, worker: Worker, storage: Storage, folder: str, listen: Callable[[Epoch], None]
 ) -> Callable[[str], bytes]:
     """Run the fit with Ray Train, which keeps checkpoints in `folder` and goes on from the last one there; returns what
-    reads a file of the last. `listen` is told of its epochs. Raises the refusal of a worker, or TrainingFailedError."""
-    config = loop.config
+    reads a file of the last. `listen` is told of its epochs.
+
+    Should Ray Train's controller die, the fit goes on with another, up to `resources.attempts`; streamed rows then wait
+    up to three minutes, until Ray Data forgets what the dead one had asked for. Should the queue die, the fit goes on,
+    and its epochs are told at the end. Raises the refusal of a worker, TrainingFailedError or RayActorError.
+    """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", POLL_SECONDS)
-    queue = Queue(actor_options={"num_cpus": 0})
+    heard: set[int] = set()
+
+    def hear(epoch: Epoch) -> None:
+        heard.add(epoch.epoch)
+        listen(epoch)
+
+    attempts = loop.config.resources.attempts
+    for attempt in range(1, attempts + 1):
+        try:
+            checkpoint = _fit(loop, rows, worker, storage, folder, hear)
+            break
+        except RayActorError as error:
+            if attempt == attempts:
+                raise
+            log.warning("the fit of %s goes on, Ray Train's controller is gone (%s)", loop.name, reason(error))
+
+    def read(name: str) -> bytes:
+        with checkpoint.filesystem.open_input_stream(f"{checkpoint.path}/{name}") as stream:
+            return bytes(stream.read())
+
+    for epoch in json.loads(read(PROGRESS))["history"]:
+        if epoch["epoch"] not in heard:
+            listen(Epoch(**epoch))
+    return read
+
+
+def _fit(
+    loop: Loop, rows: Rows, worker: Worker, storage: Storage, folder: str, listen: Callable[[Epoch], None]
+) -> ray.train.Checkpoint:
+    """Run Ray Train once; returns the last checkpoint."""
+    config, queue = loop.config, Queue(actor_options={"num_cpus": 0})
     datasets = {} if loop.table is not None else _streams(config, rows)
     trainer = ray.train.torch.TorchTrainer(
         _fit_on_worker,
@@ -66,18 +103,12 @@ def fit_together(
     )
     with _relay(queue, listen), _own_interrupt():
         try:
-            checkpoint = trainer.fit().checkpoint
+            return trainer.fit().checkpoint
         except ray.train.TrainingFailedError as error:
             refusal = find_refusal(error)
             if refusal is None:
                 raise
             raise refusal from None
-
-    def read(name: str) -> bytes:
-        with checkpoint.filesystem.open_input_stream(f"{checkpoint.path}/{name}") as stream:
-            return bytes(stream.read())
-
-    return read
 
 
 @contextlib.contextmanager
@@ -130,6 +161,9 @@ def _relay(queue: Queue, listen: Callable[[Epoch], None]) -> Iterator[None]:
             except Empty:
                 if done.is_set():
                     return
+            except RayActorError as error:
+                log.warning("the fit's epochs are told at its end (%s)", reason(error))
+                return
 
     thread = threading.Thread(target=relay, daemon=True)
     thread.start()
@@ -171,4 +205,5 @@ def _fit_on_worker(settings: dict[str, Any]) -> None:
     device = prepare_process(loop.threads, chosen)
     for epoch in loop.epochs(device, kept, keep, rank, world, wrap=wrap):
         if rank == 0:
-            settings["queue"].put(asdict(epoch))  # plain values, or the queue's process would import torch
+            with contextlib.suppress(RayActorError):  # who is gone is told nothing
+                settings["queue"].put(asdict(epoch))  # plain values, or the queue's process would import torch
