@@ -78,6 +78,14 @@ class StorageConfig(Section):
 
     uri: str = "runs"
     """Folder of all runs: a local path, a shared folder, or an s3:// or gs:// address."""
+
+    @field_validator("uri")
+    @classmethod
+    def _is_an_address(cls, uri: str) -> str:
+        if not uri.strip() or not uri.isprintable():
+            raise ValueError(f"uri {uri!r:.100}: needed a path or an address that can be printed")
+        return uri
+
     checkpoint_seconds: float = Field(60.0, gt=0)
     """Time between the checkpoints of a module's training, from which it goes on after a failure."""
     checkpoint_epochs: int = Field(5, ge=1)
