@@ -228,6 +228,8 @@ YAMLS = {
     "excluded in two spellings": ("partition: {exclude: [client-000/00]}\n", "exclude"),
     "name upwards": ("name: ../../outside\n", "name"),
     "name long": (f"name: {'x' * 129}\n", "name"),
+    "storage of NUL": ('storage: {uri: "a\\0b"}\n', "storage.uri"),
+    "storage nowhere": ("storage: {uri: ' '}\n", "storage.uri"),
     "experiment upwards": ("tracking: {experiment: ../../outside}\n", "experiment"),
     "class of two lines": ('data: {class_names: [a, "b\\nc"]}\n', "printed"),
 }

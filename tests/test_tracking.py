@@ -371,7 +371,7 @@ def test_a_jobs_end_waits_ten_seconds_at_most_for_a_store_that_hangs(
     released.set()
 
 
-@pytest.mark.parametrize("kind", ["dead", "scheme", "folder", "deleted", "file"])
+@pytest.mark.parametrize("kind", ["dead", "scheme", "folder", "deleted", "file", "bracket", "driver"])
 def test_a_store_that_cannot_be_used_is_refused_in_a_few_lines(tmp_path: Path, kind: str) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -381,6 +381,8 @@ def test_a_store_that_cannot_be_used_is_refused_in_a_few_lines(tmp_path: Path, k
         "folder": f"sqlite:///{tmp_path}/text/c.db",
         "deleted": f"sqlite:///{tmp_path}/store.db",
         "file": f"sqlite:///{tmp_path}/file.db",
+        "bracket": "http://[::1",
+        "driver": "mssql+nobody://x",
     }[kind]
     config = Config.model_validate({"tracking": {"uri": uri}})
     (tmp_path / "text").write_text("a file, no folder")

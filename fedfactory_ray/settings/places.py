@@ -88,6 +88,13 @@ class StorageConfig(Section):
     checkpoint_rounds: int = Field(10, ge=1)
     """Rounds between the checkpoints of a federated method."""
 
+    @field_validator("uri")
+    @classmethod
+    def _is_an_address(cls, uri: str) -> str:
+        if not uri.strip() or not uri.isprintable():
+            raise ValueError(f"uri {uri!r:.100}: needed a path or an address that can be printed")
+        return uri
+
     @field_validator("scratch")
     @classmethod
     def _lies_on_the_node(cls, scratch: str) -> str:

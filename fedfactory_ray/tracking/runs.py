@@ -265,6 +265,8 @@ def tracking_client(config: Config) -> tuple[MlflowClient, str]:
     uri = tracking_uri(config)
     try:
         return _experiment(uri, config.tracking.experiment)
+    except (ValueError, ImportError) as error:  # no address at all; or of a database without its driver
+        raise TrackingError(uri, first_line(error)) from error
     except troubles() as error:
         raise TrackingError(uri, first_line(error)) from error
 
