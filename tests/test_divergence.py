@@ -21,6 +21,7 @@ from conftest import write_npz
 from rich.console import Console
 from small_runs import SMALL, Finished, copy_job, file_digests, run_here, small_config
 
+from fedfactory_ray.classification.rules import prior_of
 from fedfactory_ray.cluster.failures import find_refusal
 from fedfactory_ray.cluster.plan import Worker, make_plan, start_actor
 from fedfactory_ray.data.partition import make_partition
@@ -198,7 +199,7 @@ def finished(place: Path) -> Finished:
 def test_the_run_goes_on_without_the_module_and_says_so(finished: Finished) -> None:
     storage = Storage(str(finished.folder))
     assert finished.report.modules == 3
-    told = ("client-000, class 0: training diverged", "client-002, class 1: training diverged")
+    told = ["client-000, class 0: training diverged", "client-002, class 1: training diverged"]
     assert finished.report.left_out == told
     for each in told:
         assert f"left out: {each} (loss nan" in finished.printed
@@ -209,8 +210,10 @@ def test_the_run_goes_on_without_the_module_and_says_so(finished: Finished) -> N
         key = line["client"], line["label"]
         quotas[key] = quotas.get(key, 0) + line["n"]
     assert quotas == {("client-000", 2): 10, ("client-001", 1): 40, ("client-002", 2): 30}
-    noted = storage.read_json("evaluation.json")["left_out"]
-    assert [(note["client"], note["label"]) for note in noted] == list(GONE)
+    evaluation = storage.read_json("evaluation.json")
+    assert [(note["client"], note["label"]) for note in evaluation["left_out"]] == list(GONE)
+    announced = [sum(card.n_images for card in read_cards(storage) if card.label == y) for y in range(3)]
+    np.testing.assert_allclose(evaluation["prior"], prior_of(np.array(announced)))
     assert set(finished.report.experts) == {"client-000", "client-001", "client-002"}
     runs = mlflow.MlflowClient(finished.config.tracking.uri).search_runs(["1"])
     tags = [run.data.tags for run in runs if "left_out.client-002.1" in run.data.tags]

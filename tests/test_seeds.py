@@ -35,8 +35,9 @@ def judged(right: int) -> Judged:
 def report(config: Config, right: int, other: int) -> Report:
     evaluations = {"fedfactory": judged(right), "centralised": judged(other)}
     differences = {"fedfactory": {"centralised": paired_difference(ruled(right), ruled(other), LABELS)}}
+    texts = ([], [], [])
     return Report(
-        str(config.name), "runs/x", "", {}, 1, 1, 0, 0, 1, {}, "fedfactory", evaluations, {}, differences, {}, [], []
+        *(str(config.name), "runs/x", "", {}, 1, 1, 0, 0, 1, {}, "fedfactory", evaluations, {}, differences, {}), *texts
     )
 
 

@@ -198,6 +198,13 @@ def both_gone(origin: Place, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return place, place.forget("client-003", "client-000")
 
 
+@pytest.fixture(scope="module")
+def one_gone(origin: Place, tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, Certificate]:
+    """The same run, which forgot client 3, undisturbed."""
+    place = only_experts(copy_of(origin, tmp_path_factory.mktemp("one") / "it's a copy"))
+    return place, place.forget("client-003", classes=(0,))
+
+
 def test_mlflow_shows_before_and_after_and_no_longer_the_client(
     both_gone: tuple[Place, Certificate], origin: Place
 ) -> None:
@@ -238,10 +245,9 @@ def test_mlflow_shows_before_and_after_and_no_longer_the_client(
 
 
 def test_the_order_of_requests_does_not_matter(
-    both_gone: tuple[Place, Certificate], origin: Place, tmp_path: Path
+    both_gone: tuple[Place, Certificate], one_gone: tuple[Place, Certificate], origin: Place, tmp_path: Path
 ) -> None:
-    a_then_b, b_then_a = (only_experts(copy_of(origin, tmp_path / name)) for name in ("ab", "ba"))
-    a_then_b.forget("client-003")
+    a_then_b, b_then_a = copy_of(one_gone[0], tmp_path / "ab"), only_experts(copy_of(origin, tmp_path / "ba"))
     a_then_b.forget("client-000", run="small-without-client-003")
     b_then_a.forget("client-000")
     b_then_a.forget("client-003", run="small-without-client-000")
@@ -296,13 +302,13 @@ class Killed(BaseException):
 
 
 def test_killed_anywhere_the_same_command_finishes_it(
-    origin: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    one_gone: tuple[Place, Certificate], origin: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    undisturbed = only_experts(copy_of(origin, tmp_path / "it's undisturbed")).forget("client-001", classes=(1,))
+    undisturbed = one_gone[1]
     place = only_experts(copy_of(origin, tmp_path / "killed"))
-    old, new = place.run(), place.run("small-without-client-001")
+    old, new = place.run(), place.run("small-without-client-003")
     before = content(place.folder / "runs" / "small")
-    assert undisturbed.request.exclude == ("client-001",)  # all of its classes are the client
+    assert undisturbed.request.exclude == ("client-003",)  # all of its classes are the client
 
     def die_at(module: Any, name: str, when: Callable[..., bool]) -> None:
         function = getattr(module, name)
@@ -315,7 +321,7 @@ def test_killed_anywhere_the_same_command_finishes_it(
 
         monkeypatch.setattr(module, name, dies)
         with pytest.raises(Killed):
-            place.forget("client-001")
+            place.forget("client-003")
         monkeypatch.undo()
 
     copies: list[str] = []
@@ -327,19 +333,19 @@ def test_killed_anywhere_the_same_command_finishes_it(
     with monkeypatch.context() as patch:
         patch.setattr(phases, "run_phases", lambda *_: SimpleNamespace(missing={"client-002": "no memory"}))
         with pytest.raises(UnlearningError, match="no expert of client-002 could be fitted: no memory"):
-            place.forget("client-001")
+            place.forget("client-003")
     # Until then the old run is whole but for a note, and neither half is taken for a result.
     assert content(place.folder / "runs" / "small").keys() - before.keys() == {PENDING}
     assert content(place.folder / "runs" / "small").items() >= before.items()
     assert new.exists("evaluation.json")
     assert not new.exists(CERTIFICATE)
-    with pytest.raises(ForgottenError, match="is not finished: it is made from small to forget client-001"):
+    with pytest.raises(ForgottenError, match="is not finished: it is made from small to forget client-003"):
         phases.run(place.config(new.uri.rpartition("/")[2]), OUT)
     with pytest.raises(UnlearningError, match="no certificate of a finished request"):
         verify(f"{new.uri}/{CERTIFICATE}", place.config(new.uri.rpartition("/")[2]), OUT)
     # What another request made meanwhile would never be finished, nor deleted.
-    for successor in ("small-without-client-001", None):
-        with pytest.raises(UnlearningError, match="is being made into small-without-client-001"):
+    for successor in ("small-without-client-003", None):
+        with pytest.raises(UnlearningError, match="is being made into small-without-client-003"):
             forget(place.config(), ["client-002"], [], OUT, asked_by="somebody", successor=successor)
 
     # Should another's note be there at the last moment all the same, the old run is not given up.
@@ -347,13 +353,13 @@ def test_killed_anywhere_the_same_command_finishes_it(
         ours, theirs = old.read(PENDING), old.read_json(PENDING) | {"exclude": ["client-002"], "successor": "theirs"}
         patch.setattr(forgetting, "files_to_go", lambda *_: old.write_json(PENDING, theirs) or [])
         with pytest.raises(UnlearningError, match="is being made into theirs, to forget client-002"):
-            place.forget("client-001")
+            place.forget("client-003")
     old.write(PENDING, ours)
     assert content(place.folder / "runs" / "small").items() >= before.items()
     assert not old.exists(FORGOTTEN)
 
     die_at(Storage, "delete", lambda storage, name: storage.uri == old.uri and name.startswith("modules/client-002"))
-    with pytest.raises(UnlearningError, match="client-001 from run small can no longer be withdrawn"):
+    with pytest.raises(UnlearningError, match="client-003 from run small can no longer be withdrawn"):
         withdraw(place.config())
     assert old.exists(FORGOTTEN)
     assert 0 < len(content(place.folder / "runs" / "small")) < len(before)
@@ -363,7 +369,7 @@ def test_killed_anywhere_the_same_command_finishes_it(
     die_at(forgetting, "note", lambda *_: True)
     assert new.exists(CERTIFICATE)
     assert new.exists(FORGETTING)
-    finished = place.forget("client-001")
+    finished = place.forget("client-003")
     assert not new.exists(FORGETTING)
     assert finished.after.digests() == undisturbed.after.digests()
     assert finished.deleted == undisturbed.deleted
