@@ -171,6 +171,7 @@ PRESETS = {
             synthesis={"images_per_class": 500},
             classifier={"flips": "horizontal"},
         ),
+        verified=True,
     ),
     "bloodmnist-1gpu": Preset(
         "BloodMNIST at 28×28, 8 silos; one GPU of 24 GB and more, minutes",
