@@ -113,6 +113,7 @@ def finish(job: subprocess.Popen[str], folder: Path) -> dict[str, str]:
     """Digests of what the job made, by file. What it printed goes into output.txt."""
     out, _ = job.communicate(timeout=LONGEST)
     assert job.returncode == 0, out
+    assert "DeprecationWarning" not in out
     (folder / "output.txt").write_text(out)
     return digests(folder / "runs" / "small")
 

@@ -114,15 +114,16 @@ def draw_units(batch: dict[str, np.ndarray], arguments: ray.ObjectRef) -> dict[s
     return _synthesizer(arguments)(batch)
 
 
-def crew(worker: Worker, processes: int, attempts: int, *arguments: Any) -> dict[str, Any]:
+def crew(worker: Worker, processes: int, *arguments: Any) -> dict[str, Any]:
     """Who draws units, as arguments of `map_batches`: on GPUs actors, which hold theirs; on CPUs tasks, whose processes
     have imported torch when the fits and the evaluation are next in need of some. Ray ends a task's process that had a
     GPU, and would have to start one a unit."""
+    pool: ray.data.ComputeStrategy
     if worker.num_gpus:
         pool = ray.data.ActorPoolStrategy(size=processes)
         return {"fn": Synthesizer, "fn_constructor_args": arguments, "compute": pool, **worker.options}
-    given = {"fn_args": (ray.put(arguments),), "max_retries": attempts - 1}
-    return {"fn": draw_units, **given, "compute": ray.data.TaskPoolStrategy(size=processes), **worker.options}
+    pool = ray.data.TaskPoolStrategy(size=processes)
+    return {"fn": draw_units, "fn_args": (ray.put(arguments),), "compute": pool, **worker.options}
 
 
 def synthesize(
@@ -144,10 +145,9 @@ def synthesize(
     listen(UnitDrawn(n_images, None))
     missing = [asdict(unit) for unit in units if unit.file not in shards]
     if missing:
-        processes, attempts = min(worker.slots, len(missing)), config.resources.attempts
-        drawing = ray.data.from_items(missing, override_num_blocks=len(missing)).map_batches(
-            **crew(worker, processes, attempts, config, worker.threads, storage, modules), batch_size=1
-        )
+        drawers = crew(worker, min(worker.slots, len(missing)), config, worker.threads, storage, modules)
+        rows = ray.data.from_items(missing, override_num_blocks=len(missing))
+        drawing = rows.map_batches(**drawers, batch_size=1)
         for row in drawing.iter_rows():
             shard = Shard(**{field.name: row[field.name] for field in fields(Shard)})
             shards[shard.file] = shard
