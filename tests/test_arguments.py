@@ -23,6 +23,8 @@ from fedfactory_ray.settings.config import Config, flatten
         (["foo"], "foo: no option, for these begin with --"),
         (["--seed"], "--seed: found nothing, needed one value"),
         (["--seed", "1", "2"], "--seed: found 1 2, needed one value"),
+        (["--name", "a\nb"], "--name: found 'a\\nb', needed one line"),
+        (["--data.source=a.npz\n"], "--data.source: found 'a.npz\\n', needed one line"),
         (["--data.download", "yes"], "--data.download: found yes, needed no value: --x switches on, --no-x off"),
     ],
 )

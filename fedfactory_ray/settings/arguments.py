@@ -47,7 +47,10 @@ def checked(arguments: Sequence[str], others: Iterable[str] = ()) -> list[str]:
         if flag not in options and flag not in switches:
             underlined = f"--{flag.removeprefix('--').replace('-', '_')}".replace("--no_", "--no-", 1)
             flag = underlined if underlined in (*options, *switches) else flag
-        if flag in options and len(values) == 1:
+        if any(len(value.splitlines()) > 1 or value != value.rstrip("\r\n") for value in values):
+            # Of which pydantic-settings would take the first line alone.
+            problems.append(f"{typed}: found {' '.join(values)!r:.100}, needed one line")
+        elif flag in options and len(values) == 1:
             taken.append(f"{flag}={values[0]}")
         elif flag in options and values and get_origin(options[flag].annotation) is tuple:
             joined = ",".join(values)

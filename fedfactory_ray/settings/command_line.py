@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -48,6 +48,19 @@ def make_config(
     return _combine(values, overrides, others)
 
 
+class OnceLoader(yaml.SafeLoader):
+    """Refuses a key that stands twice, of which the first would be lost without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        """See SafeLoader."""
+        seen = set[str]()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"found {key.value!r:.80} twice", key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
 def read_yaml(file: str) -> dict[str, Any]:
     """The settings of a YAML file. Raises ConfigError for what is none, or so large or deep that nobody typed it."""
     try:
@@ -55,7 +68,7 @@ def read_yaml(file: str) -> dict[str, Any]:
             raise ConfigError([f"{file}: found no file, needed one with sections such as `generator:`"])
         if Path(file).stat().st_size > LARGEST_FILE:
             raise ConfigError([f"{file}: found {Path(file).stat().st_size} bytes, needed {LARGEST_FILE} at most"])
-        loaded = yaml.safe_load(Path(file).read_text()) or {}
+        loaded = yaml.load(Path(file).read_text(), OnceLoader) or {}
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError([f"{file}: {error}"[:1000]]) from error
     if not isinstance(loaded, dict):

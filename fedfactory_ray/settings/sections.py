@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
 Norm = Literal["group", "batch"]
@@ -20,6 +20,14 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
     added: ClassVar[frozenset[str]] = frozenset()
     """Fields that came later; by default they change nothing of what versions without them made."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_truth(cls, value: Any, info: ValidationInfo) -> Any:
+        kind = cls.model_fields[str(info.field_name)].annotation
+        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+            raise ValueError(f"needed no truth value, which would count as {int(value)}")
+        return value
 
     def determining(self) -> dict[str, Any]:
         """All fields as JSON values, those that came later only where they are not at their default: what was stored
