@@ -219,9 +219,9 @@ class ArrayFile:
         if found.ndim > 2 or (found.ndim == 2 and found.shape[1] != 1) or (found.size and found.dtype.kind not in "iu"):
             raise DataInvalidError(self.path, f"{split}_labels {found.dtype} {found.shape}", "one integer an image")
         if found.size and int(found.max()) > np.iinfo(np.int32).max:
-            raise DataInvalidError(
-                self.path, f"the {split} label {found.max()}, perhaps -1 as {found.dtype}", "a class"
-            )
+            wrapped = found.dtype.kind == "u" and found.max() == np.iinfo(found.dtype).max
+            told = f"the {split} label {found.max()}" + f", perhaps -1 as {found.dtype}" * bool(wrapped)
+            raise DataInvalidError(self.path, told, "labels from 0 on, one a class")
         return found.reshape(-1).astype(np.int64)
 
     def images(self, split: Split, indices: np.ndarray | None = None) -> np.ndarray:

@@ -69,7 +69,9 @@ def read_yaml(file: str) -> dict[str, Any]:
         if Path(file).stat().st_size > LARGEST_FILE:
             raise ConfigError([f"{file}: found {Path(file).stat().st_size} bytes, needed {LARGEST_FILE} at most"])
         loaded = yaml.load(Path(file).read_text(), OnceLoader) or {}
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except RecursionError as error:
+        raise ConfigError([f"{file}: found lists within lists, so deep; needed {DEEPEST} at most"]) from error
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError([f"{file}: {error}"[:1000]]) from error
     if not isinstance(loaded, dict):
         raise ConfigError([f"{file}: found a {type(loaded).__name__}, needed sections such as `generator:`"])
