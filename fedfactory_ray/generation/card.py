@@ -21,7 +21,26 @@ Whole = Annotated[int, Field(strict=True, ge=0, le=LARGEST_MODULE)]
 
 
 @dataclass(frozen=True)
-class ModuleCard(Artefact):
+class InModulesPlace(Artefact):
+    """What lies in the folder of a client's module of a class, of which the client holds `n_images`."""
+
+    client: Annotated[str, Field(pattern=NAME)]
+    label: Whole
+    n_images: Whole
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Client and class."""
+        return self.client, self.label
+
+    @property
+    def folder(self) -> str:
+        """See Artefact."""
+        return module_folder(self.client, self.label)
+
+
+@dataclass(frozen=True)
+class ModuleCard(InModulesPlace):
     """Provenance of a module: everything about it but its weights. `n_images` of its class trained it in `precision`;
     the weights are of `size` bytes.
 
@@ -33,9 +52,6 @@ class ModuleCard(Artefact):
 
     kind: ClassVar[str] = "module"
     renamed: ClassVar[dict[str, str]] = {"images": "n_images"}
-    client: Annotated[str, Field(pattern=NAME)]
-    label: Whole
-    n_images: Whole
     channels: Annotated[Whole, Field(ge=1, le=4)]
     resolution: Annotated[Whole, Field(ge=1, le=4096)]
     steps: Whole
@@ -51,16 +67,6 @@ class ModuleCard(Artefact):
         if len(text) > LARGEST_CARD:
             raise CardError(cls.kind, f"{len(text)} bytes, at most {LARGEST_CARD} are a card")
         return super().from_json(text)
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """Client and class."""
-        return self.client, self.label
-
-    @property
-    def folder(self) -> str:
-        """See Artefact."""
-        return module_folder(self.client, self.label)
 
     def same_network(self, other: ModuleCard) -> bool:
         """Whether one network can hold the weights of both."""

@@ -8,35 +8,20 @@ from typing import Annotated, ClassVar
 
 from pydantic import Field
 
-from fedfactory_ray.generation.card import Whole
-from fedfactory_ray.settings.data import NAME
-from fedfactory_ray.storage.artefact import Artefact
+from fedfactory_ray.generation.card import InModulesPlace
 from fedfactory_ray.storage.files import Storage
-from fedfactory_ray.storage.layout import DIVERGED, MODULES, module_folder
+from fedfactory_ray.storage.layout import DIVERGED, MODULES
 
 
 @dataclass(frozen=True)
-class Divergence(Artefact):
+class Divergence(InModulesPlace):
     """Why a client has no module of a class of which it holds `n_images`: its training diverged. An artefact without
     files, whose fingerprint and `canary` are those that the module would have: the same start finds it, and does not
     train what would diverge again."""
 
     kind: ClassVar[str] = "left-out module"
-    client: Annotated[str, Field(pattern=NAME)]
-    label: Whole
-    n_images: Whole
     why: Annotated[str, Field(max_length=1000)]
     canary: Annotated[str, Field(pattern=r"^[0-9a-f+]{0,8192}$")] = ""
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """Client and class."""
-        return self.client, self.label
-
-    @property
-    def folder(self) -> str:
-        """See Artefact."""
-        return module_folder(self.client, self.label)
 
     @staticmethod
     def mark(place: str) -> str:
