@@ -221,6 +221,7 @@ YAMLS = {
     "a text": ("hello", "found a str"),
     "section twice": ("generator: {epochs: 3}\ngenerator: {batch_size: 4}\n", "found 'generator' twice"),
     "key twice": ("data: {source: a, source: b}\n", "found 'source' twice"),
+    "truth for a seed": ("seed: true\n", "seed: needed no truth value"),
     "truth for a number": ("generator: {batch_size: true}\n", "batch_size: needed no truth value"),
     "many digits": ("seed: " + "9" * 5000, "."),
     "infinite": ("generator: {learning_rate: .inf}\n", "finite"),

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from fedfactory_ray.settings.data import NAME, DataConfig, PartitionConfig
@@ -21,6 +21,7 @@ from fedfactory_ray.settings.sections import (
     GeneratorConfig,
     SamplerConfig,
     SynthesisConfig,
+    refuse_truth,
 )
 from fedfactory_ray.storage.layout import METHOD, PRODUCT
 
@@ -38,6 +39,8 @@ class Config(BaseSettings):
         cli_hide_none_type=True,
         cli_exit_on_error=True,
     )
+
+    _is_no_truth = field_validator("*", mode="before")(refuse_truth)
 
     name: str | None = Field(None, pattern=NAME)
     """Name of the run and of its folder; the same name again resumes it. Default: made from the configuration."""

@@ -14,6 +14,15 @@ MOST_LEVELS, MOST_CHANNELS = 8, 4096
 """Of a generator's network, at most: more is a slip of the pen, or somebody who wants to fill the memory."""
 
 
+def refuse_truth(cls: type[BaseModel], value: Any, info: ValidationInfo) -> Any:
+    """The value of a field, as it is. Raises ValueError for true or false where a number or text is needed: pydantic
+    would take them for 1 and 0."""
+    kind = cls.model_fields[str(info.field_name)].annotation
+    if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
+        raise ValueError(f"needed no truth value, which would count as {int(value)}")
+    return value
+
+
 class Section(BaseModel):
     """Base of all sections: frozen, and no unknown keys."""
 
@@ -21,13 +30,7 @@ class Section(BaseModel):
     added: ClassVar[frozenset[str]] = frozenset()
     """Fields that came later; by default they change nothing of what versions without them made."""
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_no_truth(cls, value: Any, info: ValidationInfo) -> Any:
-        kind = cls.model_fields[str(info.field_name)].annotation
-        if isinstance(value, bool) and bool not in (kind, *get_args(kind)):
-            raise ValueError(f"needed no truth value, which would count as {int(value)}")
-        return value
+    _is_no_truth = field_validator("*", mode="before")(refuse_truth)
 
     def determining(self) -> dict[str, Any]:
         """All fields as JSON values, those that came later only where they are not at their default: what was stored
